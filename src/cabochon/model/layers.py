@@ -1,0 +1,58 @@
+"""The small modules that every tower is made of. Parameters are created empty: a checkpoint or an initialiser fills them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import Rope
+
+
+class Linear(nn.Module):
+    """A matrix without bias. `weight` [O, I] is a parameter, or a `QuantTensor` once a loader put one there."""
+
+    weight: ops.Weight
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """A table of rows [count, width], looked up by `ops.embed`; `weight` may become a `QuantTensor` like a matrix's."""
+
+    weight: ops.Weight
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, ids: Tensor, scale: float) -> Tensor:
+        return ops.embed(ids, self.weight, scale)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a plain weight (w, not 1 + w)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, rotated / 2] of the angles at `position` [T].
+
+    Angles are taken in float32 and rounded to the model's type, as the reference does; at position 131,071 this differs
+    from exact angles, so computing them "better" would be worse.
+    """
+    exponent = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=position.device) / head_dim
+    angle = position.float()[:, None] * (1.0 / rope.theta**exponent)
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,0 +1,173 @@
+"""Every op in plain torch: differentiable, in any dtype, on any device. This is the definition; fast twins are tested
+against it. Norms, router and soft-cap are computed in float32 at least (float64 stays float64).
+
+Shapes use the letters of `ops.views`: T tokens, Q query rows, N query heads, K KV heads, H head width, W row width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant import QuantTensor, dequantize
+from .views import Past, Rows
+
+Weight = Tensor | QuantTensor
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """`x` [..., I] times the rows of `weight` [O, I] -> [..., O]."""
+    if isinstance(weight, QuantTensor):
+        weight = dequantize(weight, x.dtype)
+    return F.linear(x, weight)
+
+
+def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+    """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to the table's type as the reference does -> [T, D]."""
+    if isinstance(table, QuantTensor):
+        rows = dequantize(table.rows(ids))
+    else:
+        rows = F.embedding(ids, table)
+    return rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; the weight is plain (not 1 + w) and may be absent."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(wide.dtype)
+    return y.to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the rotated dimensions of `x` [T, N, H] by `cos`, `sin` [T, rotated / 2].
+
+    Dimension i turns with i + H / 2 for i < rotated / 2; the others stay (proportional RoPE, fact sheet 2b).
+    """
+    quarter, half = cos.shape[-1], x.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x[..., :quarter], x[..., half : half + quarter]
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    if quarter == half:
+        return torch.cat([turned_a, turned_b], -1)
+    return torch.cat([turned_a, x[..., quarter:half], turned_b, x[..., half + quarter :]], -1)
+
+
+def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """`down(gelu_tanh(gate(x)) * up(x))`: [T, D] -> [T, D]; gate and up are [F, D], down is [D, F]."""
+    return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+
+
+def route(
+    x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of each token and their weights: [T, D] -> ([T, top_k] int64, [T, top_k] in x's type).
+
+    Softmax over all experts in float32, the chosen ones renormalised to sum 1, then times the expert's own scale.
+    """
+    t = rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5
+    scores = linear(t, proj)
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights, chosen = probs.topk(top_k, -1)
+    weights = weights / weights.sum(-1, keepdim=True) * per_expert_scale[chosen]
+    return chosen, weights.to(x.dtype)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    """The weighted sum of each token's experts: [T, D] -> [T, D]; gate_up is [E, 2F, D] (gate rows first), down [E, D, F]."""
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = linear(x[token], gate_up[expert]).chunk(2, -1)
+        y = linear(F.gelu(gate, approximate="tanh") * up, down[expert])
+        out = out.index_add(0, token, y * weights[token, slot, None])
+    return out
+
+
+def store(pages: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """Write `rows` [T, K, W] into `pages` [pages, S, K, W] at `slots` [T] (page * S + slot); -1 is not stored. In place."""
+    kept = slots >= 0
+    pages.view(-1, *pages.shape[2:])[slots[kept]] = rows[kept].to(pages.dtype)
+
+
+def attend(
+    q: Tensor,
+    step: Tensor,
+    pages: Tensor | None,
+    rows: Rows,
+    start: Tensor,
+    context: Tensor,
+    past: Past | None,
+    *,
+    key_offset: int,
+    value_offset: int,
+    window: int | None,
+) -> Tensor:
+    """Attention of `q` [Q, N, H] over this step's `step` [T, K, W] and the past in `pages` [pages, S, K, W] -> [Q, N, H].
+
+    Request r's query rows are `rows.start[r] ..`, its tokens of the step `start[r] ..` at positions `context[r] ..`, its
+    past the tokens before that. Row i sees position j iff `j <= i`, on sliding layers iff
+    `i - window < j <= see_until[i]`. Scores are not scaled (q and k norms absorb it). Key and value of a token are the
+    slices of width H at `key_offset` and `value_offset` of its row.
+    """
+    head = q.shape[-1]
+    out = []
+    bounds, first_rows, begin = start.tolist(), rows.start.tolist(), context.tolist()
+    for r in range(len(begin)):
+        mine = slice(first_rows[r], first_rows[r + 1])
+        if mine.start == mine.stop:
+            continue
+        kv, origin = step[bounds[r] : bounds[r + 1]], begin[r]
+        if past is not None and pages is not None:
+            origin = int(past.first[r])
+            kv = torch.cat([_read_past(pages, past, r, begin[r]).to(kv.dtype), kv])
+        reach = rows.see_until[mine] if window is not None else rows.position[mine]
+        key, value = kv[..., key_offset : key_offset + head], kv[..., value_offset : value_offset + head]
+        out.append(_attend_one(q[mine], key, value, rows.position[mine], reach, origin, window))
+    return torch.cat(out) if out else torch.empty_like(q)
+
+
+def _read_past(pages: Tensor, past: Past, r: int, until: int) -> Tensor:
+    """The stored rows of request r from position `past.first[r]` up to `until` -> [n, K, W]."""
+    count = until - int(past.first[r])
+    used = -(-count // pages.shape[1])
+    return pages[past.table[r, :used].long()].flatten(0, 1)[:count]
+
+
+def _attend_one(
+    q: Tensor, key: Tensor, value: Tensor, position: Tensor, reach: Tensor, origin: int, window: int | None
+) -> Tensor:
+    """One request: `q` [Q, N, H] over `key`, `value` [L, K, H] at positions origin, origin + 1, ... -> [Q, N, H].
+
+    Query rows go in tiles so that a sliding layer touches only the keys that a tile can see.
+    """
+    tile = max(window or 0, 256)
+    out = []
+    for top in range(0, q.shape[0], tile):
+        rows = slice(top, top + tile)
+        low = 0 if window is None else max(0, int(position[rows].min()) - window + 1 - origin)
+        high = int(reach[rows].max()) + 1 - origin
+        at = torch.arange(origin + low, origin + high, device=q.device)
+        seen = at[None, :] <= reach[rows, None]
+        if window is not None:
+            seen &= at[None, :] > position[rows, None] - window
+        out.append(
+            F.scaled_dot_product_attention(
+                q[rows].transpose(0, 1)[None],
+                key[low:high].transpose(0, 1)[None],
+                value[low:high].transpose(0, 1)[None],
+                attn_mask=seen,
+                scale=1.0,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(out)
+
+
+def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
+    """Logits of `x` [L, D] over `weight` [V, D], soft-capped as `c * tanh(logits / c)` -> [L, V] float32 (or float64)."""
+    logits = linear(x, weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
