@@ -65,7 +65,7 @@ class TokenLogprob:
 
 
 class Constraint(Protocol):
-    """What the next token may be. One object per running reply; the engine calls `mask`, samples, then calls `advance`."""
+    """What the next token may be. One per running reply; the engine calls `mask`, samples, then calls `advance`."""
 
     def mask(self, row: torch.Tensor) -> None:
         """Set the forbidden tokens of `row` [V] float32 to -inf, in place."""
@@ -74,7 +74,7 @@ class Constraint(Protocol):
         """Take note of the token that was chosen."""
 
     def forced(self) -> Sequence[int]:
-        """Tokens that must come next whatever the logits say (may be empty); the engine may append them without sampling."""
+        """Tokens that must come next whatever the logits say; the engine may append them without sampling."""
 
     def done(self) -> bool:
         """True when the reply is complete and must end."""

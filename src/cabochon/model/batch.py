@@ -38,7 +38,7 @@ class Batch:
     rows: Rows
     """All tokens as query rows."""
     tail: Rows
-    """The rows for which KV-shared layers, final norm and head run. The same object as `rows` when nothing is skipped."""
+    """The rows for which KV-shared layers, final norm and head run; the same object as `rows` if nothing is skipped."""
     wanted: Tensor | None
     """[L] int64, which of the tail rows get logits, in order; None means all."""
     past: Mapping[Kind, Past] = field(default_factory=dict)

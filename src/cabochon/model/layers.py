@@ -1,4 +1,4 @@
-"""The small modules that every tower is made of. Parameters are created empty: a checkpoint or an initialiser fills them."""
+"""The small modules that every tower is made of. Parameters start empty: a checkpoint or an initialiser fills them."""
 
 from __future__ import annotations
 

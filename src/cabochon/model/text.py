@@ -1,13 +1,15 @@
 """The text network: one implementation that trains and serves.
 
-Unusual here: tokens are packed [T, D] without a batch axis; attention reads the step's own keys and values plus pages of
-what came before, so training is simply the case without pages; layers that share keys and values are handed those of
+Unusual here: tokens are packed [T, D] without a batch axis; attention reads the step's own keys and values plus pages
+of what came before, so training is simply the case without pages; layers that share keys and values are handed those of
 their source by data flow, and run only for the rows whose logits somebody wants.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +194,7 @@ class Text(nn.Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(Layer(spec, width, eps) for spec in config.layers)
+        self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(spec, width, eps) for spec in config.layers))
         self.norm = RMSNorm(width, eps)
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
@@ -227,7 +229,7 @@ class Text(nn.Module):
         step: dict[int, Tensor] = {}
         skip = False
         for i, layer in enumerate(self.layers):
-            spec: LayerSpec = layer.spec
+            spec = layer.spec
             if not spec.owns_kv and not skip and batch.tail.index is not None:
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]

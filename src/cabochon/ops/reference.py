@@ -24,11 +24,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
-    """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to the table's type as the reference does -> [T, D]."""
-    if isinstance(table, QuantTensor):
-        rows = dequantize(table.rows(ids))
-    else:
-        rows = F.embedding(ids, table)
+    """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to their type as transformers does -> [T, D]."""
+    rows = dequantize(table.rows(ids)) if isinstance(table, QuantTensor) else F.embedding(ids, table)
     return rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
@@ -63,7 +60,7 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 def route(
     x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of each token and their weights: [T, D] -> ([T, top_k] int64, [T, top_k] in x's type).
+    """The `top_k` experts of each token and their weights: [T, D] -> [T, top_k] int64 and [T, top_k] in x's type.
 
     Softmax over all experts in float32, the chosen ones renormalised to sum 1, then times the expert's own scale.
     """
@@ -76,7 +73,7 @@ def route(
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """The weighted sum of each token's experts: [T, D] -> [T, D]; gate_up is [E, 2F, D] (gate rows first), down [E, D, F]."""
+    """Each token's experts, weighted and summed [T, D]; gate_up [E, 2F, D] (gate rows first), down [E, D, F]."""
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         token, slot = (chosen == expert).nonzero(as_tuple=True)
@@ -87,7 +84,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
 
 
 def store(pages: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """Write `rows` [T, K, W] into `pages` [pages, S, K, W] at `slots` [T] (page * S + slot); -1 is not stored. In place."""
+    """Write `rows` [T, K, W] into `pages` [pages, S, K, W] at `slots` [T] (page * S + slot; -1: not), in place."""
     kept = slots >= 0
     pages.view(-1, *pages.shape[2:])[slots[kept]] = rows[kept].to(pages.dtype)
 
@@ -105,10 +102,10 @@ def attend(
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    """Attention of `q` [Q, N, H] over this step's `step` [T, K, W] and the past in `pages` [pages, S, K, W] -> [Q, N, H].
+    """Attention of `q` [Q, N, H] over this step's `step` [T, K, W] and the past in `pages` [pages, S, K, W].
 
-    Request r's query rows are `rows.start[r] ..`, its tokens of the step `start[r] ..` at positions `context[r] ..`, its
-    past the tokens before that. Row i sees position j iff `j <= i`, on sliding layers iff
+    Returns [Q, N, H]. Request r's query rows are `rows.start[r] ..`, its tokens of the step `start[r] ..` at positions
+    `context[r] ..`, its past the tokens before that. Row i sees position j iff `j <= i`, on sliding layers iff
     `i - window < j <= see_until[i]`. Scores are not scaled (q and k norms absorb it). Key and value of a token are the
     slices of width H at `key_offset` and `value_offset` of its row.
     """
@@ -167,7 +164,7 @@ def _attend_one(
 
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
-    """Logits of `x` [L, D] over `weight` [V, D], soft-capped as `c * tanh(logits / c)` -> [L, V] float32 (or float64)."""
+    """Logits of `x` [L, D] over `weight` [V, D], soft-capped as `c * tanh(logits / c)`: [L, V], float32 at least."""
     logits = linear(x, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
