@@ -1,0 +1,196 @@
+"""The parts of a config that describe images and sound: towers, and the encoder-free inputs of the 12B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .strict_json import Section
+
+_WRITER = "written by the library that saved the file, without effect on the network"
+IGNORED = {
+    **dict.fromkeys(("_name_or_path", "architectures", "transformers_version", "return_dict", "problem_type"), _WRITER),
+    **dict.fromkeys(("id2label", "label2id", "is_encoder_decoder", "chunk_size_feed_forward", "use_cache"), _WRITER),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "unsloth_version", "unsloth_fixed"), _WRITER),
+    "model_name": _WRITER,
+    "initializer_range": "only a fresh network is drawn with it",
+    "attention_dropout": "used in Google's training only; fine-tuning here sets its own",
+}
+_VISION_ONLY = {
+    "global_head_dim": "repeats head_dim",
+    "max_position_embeddings": "a bound that position_embedding_size replaces",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The vision transformer of E2B, E4B, 26B-A4B and 31B."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    """Base of the two-dimensional rotary embedding: x turns the first half of a head, y the second."""
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    use_clipped_linears: bool
+    standardize: bool
+    soft_tokens: int
+    """Tokens of an image unless a request asks for another budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnifiedVisionConfig:
+    """The encoder-free image input of the 12B: one matrix over `patch_size * pooling_kernel_size` pixel squares."""
+
+    patch_size: int
+    pooling_kernel_size: int
+    mm_embed_dim: int
+    mm_posemb_size: int
+    rms_norm_eps: float
+    soft_tokens: int
+
+    @property
+    def model_patch_size(self) -> int:
+        return self.patch_size * self.pooling_kernel_size
+
+
+@dataclass(frozen=True, slots=True)
+class AudioConfig:
+    """The conformer of E2B and E4B."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    attention_chunk_size: int
+    attention_context_left: int
+    attention_context_right: int
+    attention_logit_cap: float
+    attention_invalid_logits_value: float
+    subsampling_conv_channels: tuple[int, int]
+    conv_kernel_size: int
+    residual_weight: float
+    gradient_clipping: float
+    use_clipped_linears: bool
+    rms_norm_eps: float
+    output_proj_dims: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnifiedAudioConfig:
+    """The encoder-free sound input of the 12B: one matrix over frames of raw samples."""
+
+    audio_embed_dim: int
+    """Samples per token and width of the frame vector."""
+    rms_norm_eps: float
+
+
+def read_dtype(section: Section) -> str:
+    old = section.text("torchread_dtype", "bfloat16")
+    return section.text("dtype", old)
+
+
+def read_vision(section: Section) -> VisionConfig | UnifiedVisionConfig | None:
+    """The image part. `vision_soft_tokens_per_image` repeats its default number of tokens."""
+    repeated = section.count("vision_soft_tokens_per_image", 280)
+    if not section.has("vision_config"):
+        return None
+    part = section.child("vision_config")
+    kind = part.text("model_type")
+    if kind not in ("gemma4_vision", "gemma4_unified_vision"):
+        raise part.error("model_type", f"is '{kind}'; known are gemma4_vision and gemma4_unified_vision")
+    read_dtype(part)
+    return _vision_transformer(part, repeated) if kind == "gemma4_vision" else _vision_unified(part)
+
+
+def _vision_transformer(part: Section, soft_tokens: int) -> VisionConfig:
+    rope = part.child("rope_parameters")
+    rope.must("rope_type", "default", "axial")
+    heads = part.count("num_attention_heads")
+    part.must("num_key_value_heads", heads)
+    part.must("attention_bias", False)
+    part.must("hidden_activation", "gelu_pytorch_tanh")
+    config = VisionConfig(
+        hidden_size=part.count("hidden_size"),
+        intermediate_size=part.count("intermediate_size"),
+        num_hidden_layers=part.count("num_hidden_layers"),
+        num_attention_heads=heads,
+        head_dim=part.count("head_dim"),
+        rms_norm_eps=part.number("rms_norm_eps"),
+        rope_theta=rope.number("rope_theta", 100.0),
+        patch_size=part.count("patch_size"),
+        pooling_kernel_size=part.count("pooling_kernel_size"),
+        position_embedding_size=part.count("position_embedding_size"),
+        use_clipped_linears=part.flag("use_clipped_linears", False),
+        standardize=part.flag("standardize", False),
+        soft_tokens=part.count("default_output_length", soft_tokens),
+    )
+    if config.soft_tokens != soft_tokens:
+        raise part.error(
+            "default_output_length", f"is {config.soft_tokens} but vision_soft_tokens_per_image is {soft_tokens}"
+        )
+    rope.close()
+    part.close({**IGNORED, **_VISION_ONLY})
+    return config
+
+
+def _vision_unified(part: Section) -> UnifiedVisionConfig:
+    config = UnifiedVisionConfig(
+        patch_size=part.count("patch_size"),
+        pooling_kernel_size=part.count("pooling_kernel_size"),
+        mm_embed_dim=part.count("mm_embed_dim"),
+        mm_posemb_size=part.count("mm_posemb_size"),
+        rms_norm_eps=part.number("rms_norm_eps"),
+        soft_tokens=part.count("num_soft_tokens", 280),
+    )
+    part.must("model_patch_size", config.model_patch_size)
+    part.must("output_proj_dims", config.mm_embed_dim)
+    part.close(IGNORED)
+    return config
+
+
+def read_audio(section: Section) -> AudioConfig | UnifiedAudioConfig | None:
+    if not section.has("audio_config"):
+        return None
+    part = section.child("audio_config")
+    kind = part.text("model_type")
+    if kind not in ("gemma4_audio", "gemma4_unified_audio"):
+        raise part.error("model_type", f"is '{kind}'; known are gemma4_audio and gemma4_unified_audio")
+    read_dtype(part)
+    if kind == "gemma4_audio":
+        return _audio_conformer(part)
+    width = part.count("audio_embed_dim", 640)
+    for key in ("audio_samples_per_token", "hidden_size", "output_proj_dims"):
+        part.must(key, width)
+    config = UnifiedAudioConfig(width, part.number("rms_norm_eps"))
+    part.close(IGNORED)
+    return config
+
+
+def _audio_conformer(part: Section) -> AudioConfig:
+    part.must("hidden_act", "silu")
+    channels = part.ids("subsampling_conv_channels")
+    if len(channels) != 2:
+        raise part.error("subsampling_conv_channels", f"is {list(channels)}; it must hold two numbers")
+    config = AudioConfig(
+        hidden_size=part.count("hidden_size"),
+        num_hidden_layers=part.count("num_hidden_layers"),
+        num_attention_heads=part.count("num_attention_heads"),
+        attention_chunk_size=part.count("attention_chunk_size"),
+        attention_context_left=part.count("attention_context_left"),
+        attention_context_right=part.count("attention_context_right", least=0),
+        attention_logit_cap=part.number("attention_logit_cap"),
+        attention_invalid_logits_value=part.number("attention_invalid_logits_value"),
+        subsampling_conv_channels=(channels[0], channels[1]),
+        conv_kernel_size=part.count("conv_kernel_size"),
+        residual_weight=part.number("residual_weight"),
+        gradient_clipping=part.number("gradient_clipping"),
+        use_clipped_linears=part.flag("use_clipped_linears"),
+        rms_norm_eps=part.number("rms_norm_eps"),
+        output_proj_dims=part.count("output_proj_dims"),
+    )
+    part.close(IGNORED)
+    return config
