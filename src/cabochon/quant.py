@@ -1,31 +1,147 @@
-"""Quantised weights: codes and scales as one value that `ops` understands in place of a tensor."""
+"""Quantised weights: codes and scales as one value that `ops` understands in place of a tensor.
+
+There are no `Int4Linear` modules: a loader puts a `QuantTensor` where the parameter was. It comes in two layouts:
+
+    rows     the portable one, on disk and for GPUs: each row's codes lie together
+             int8  codes [.., O, I] int8          scales [.., O] float32
+             int4  codes [.., O, G, 16] uint8     scales [.., O, G] float16     G groups of 32 along I
+                   byte i of a group holds element i in its low half and element 16 + i in its high half, plus 8
+    panels   what the CPU kernels stream: 16 rows side by side, four neighbours of each row in 32 bits
+             int8  codes [.., P, I/4, 16, 4] uint8, plus 128 scales [.., P, 16] float32      I filled up to 32s
+             int4  codes [.., P, G, 4, 16, 4] uint8          scales [.., P, G, 16] float16
+
+P is O / 16 rounded up. Both layouts hold the same codes, so packing is a permutation of bytes and loses nothing.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .errors import InputError
+from .formats import QUANTIZED
+
+Layout = Literal["rows", "panels"]
+
+PANEL = 16
+"""Rows in a panel: the lanes of a 512-bit register of 32-bit sums."""
+GROUP = 32
+"""Numbers that share a scale in int4, and activations that share one in every format."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantTensor:
-    """A weight of logical `shape` in one of the formats of `formats.py`."""
+    """A weight of logical `shape` in one of the quantised formats of `formats.py`."""
 
     codes: Tensor
     scales: Tensor
     format: str
     shape: tuple[int, ...]
+    layout: Layout = "rows"
 
     def rows(self, index: Tensor) -> QuantTensor:
-        """The rows `index` [T] of a two-dimensional weight."""
-        raise NotImplementedError
+        """The rows `index` [T] of a two-dimensional weight, in the layout of rows."""
+        shape = (index.shape[0], self.shape[1])
+        if self.layout == "rows":
+            return QuantTensor(self.codes[index], self.scales[index], self.format, shape)
+        panel, lane = index // PANEL, index % PANEL
+        if self.format == "int8":
+            codes = self.codes[panel, :, lane].flatten(-2)[:, : shape[1]]
+            return QuantTensor((codes ^ 128).view(torch.int8), self.scales[panel, lane], self.format, shape)
+        codes = self.codes[panel, :, :, lane].flatten(-2)
+        return QuantTensor(codes, self.scales[panel, :, lane], self.format, shape)
 
     def __getitem__(self, expert: int) -> QuantTensor:
         """One expert's matrix of a three-dimensional weight."""
-        raise NotImplementedError
+        return QuantTensor(self.codes[expert], self.scales[expert], self.format, self.shape[1:], self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def quantize(weight: Tensor, format: str) -> QuantTensor:
+    """`weight` [.., O, I] of any float type in `format`, in the layout of rows.
+
+    Raises:
+        InputError: the format is not a quantised one.
+    """
+    if format == "int8":
+        wide = weight.float()
+        scales = wide.abs().amax(-1) / 127
+        codes = (wide * _inverse(scales)[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        return QuantTensor(codes, scales, format, tuple(weight.shape))
+    if format != "int4":
+        raise InputError(f"can't quantise weights to {format!r}; the quantised formats are {', '.join(QUANTIZED)}")
+    groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [.., O, G, 32]
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    scales = (largest / -8).half()  # the largest number of a group, whatever its sign, becomes -8
+    levels = (groups * _inverse(scales.float())[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8)
+    return QuantTensor(levels[..., :16] | levels[..., 16:] << 4, scales, format, tuple(weight.shape))
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    return (1 / scales).masked_fill(scales == 0, 0.0)
 
 
 def dequantize(weight: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight as an ordinary tensor of `weight.shape`."""
-    raise NotImplementedError
+    weight = unpack(weight)
+    if weight.format == "int8":
+        wide = weight.codes.float() * weight.scales[..., None]
+    else:
+        levels = torch.cat([weight.codes & 15, weight.codes >> 4], -1).float() - 8
+        wide = (levels * weight.scales.float()[..., None]).flatten(-2)[..., : weight.shape[-1]]
+    return wide.to(dtype)
+
+
+def pack(weight: QuantTensor) -> QuantTensor:
+    """The same weight in the layout of panels, for the CPU kernels. For a moment both copies exist."""
+    if weight.layout == "panels":
+        return weight
+    lead, rows = weight.codes.dim() - (2 if weight.format == "int8" else 3), weight.shape[-2]
+    missing = -rows % PANEL
+    if weight.format == "int8":
+        codes = F.pad(weight.codes, (0, -weight.shape[-1] % GROUP, 0, missing))
+        codes = codes.unflatten(-1, (-1, 4)).unflatten(-3, (-1, PANEL)).transpose(lead + 1, lead + 2)
+        codes = codes.contiguous().view(torch.uint8).bitwise_xor_(128)
+        scales = F.pad(weight.scales, (0, missing)).unflatten(-1, (-1, PANEL))
+    else:
+        codes = F.pad(weight.codes, (0, 0, 0, 0, 0, missing))
+        codes = codes.unflatten(-1, (4, 4)).unflatten(-4, (-1, PANEL))  # [.., P, 16, G, 4, 4]
+        codes = codes.movedim(lead + 1, lead + 3).contiguous()
+        scales = F.pad(weight.scales, (0, 0, 0, missing)).unflatten(-2, (-1, PANEL)).transpose(-1, -2).contiguous()
+    return QuantTensor(codes, scales.contiguous(), weight.format, weight.shape, "panels")
+
+
+def unpack(weight: QuantTensor) -> QuantTensor:
+    """The same weight in the layout of rows."""
+    if weight.layout == "rows":
+        return weight
+    rows, width = weight.shape[-2:]
+    if weight.format == "int8":
+        lead = weight.codes.dim() - 4
+        codes = weight.codes.transpose(lead + 1, lead + 2).flatten(-2).flatten(lead, lead + 1)
+        codes = (codes[..., :rows, :width] ^ 128).view(torch.int8)
+        scales = weight.scales.flatten(-2)[..., :rows]
+    else:
+        lead = weight.codes.dim() - 5
+        codes = weight.codes.movedim(lead + 3, lead + 1).flatten(-2).flatten(lead, lead + 1)[..., :rows, :, :]
+        scales = weight.scales.transpose(-1, -2).flatten(-3, -2)[..., :rows, :]
+    return QuantTensor(codes.contiguous(), scales.contiguous(), weight.format, weight.shape)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """`x` [.., I] as the integer kernels see it: groups of 32 neighbours on a grid of 255 steps, in float64.
+
+    A group's scale is its largest magnitude over 127. The kernels multiply these codes with the weight's exactly, so
+    `round_activations(x) @ dequantize(w).T` in float64 is what they compute up to the sum of groups in float32.
+    """
+    groups = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    rounded: Tensor = (groups * _inverse(scales)).round().double() * scales.double()
+    return rounded.flatten(-2)[..., : x.shape[-1]]
