@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import Kind
-from ..ops.views import Past, Rows
+from ..ops.views import Pages, Past, Rows
 
 
 @dataclass(slots=True)
@@ -43,8 +43,9 @@ class Batch:
     """[L] int64, which of the tail rows get logits, in order; None means all."""
     past: Mapping[Kind, Past] = field(default_factory=dict)
     """Empty in training: nothing came before and nothing is stored."""
-    pages: Mapping[int, Tensor] = field(default_factory=dict)
-    """Owning layer -> its pages [pages, S, K, W], written in place by the step."""
+    pages: Mapping[int, Pages] = field(default_factory=dict)
+    """Owning layer -> its pages [pages, S, K, W], written in place by the step after the last layer that reads them:
+    the rows of this step may take the slots of rows that leave the window with it."""
     soft: SoftTokens | None = None
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import LayerSpec, TextConfig
+from ..config import Kind, LayerSpec, TextConfig
 from ..kv.layout import row_geometry
 from .batch import Batch
 from .layers import Embedding, Linear, RMSNorm, rope_angles
@@ -196,6 +196,7 @@ class Text(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, width)
         self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(spec, width, eps) for spec in config.layers))
         self.norm = RMSNorm(width, eps)
+        self.last_reader = {spec.reads_kv_of: spec.index for spec in config.layers}
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
             self.embed_tokens_per_layer = Embedding(
@@ -236,6 +237,8 @@ class Text(nn.Module):
                 angles = self._angles(batch.tail.position, x.dtype)
                 skip = True
             x = self._layer(layer, x, None if ple is None else ple[:, i], step, batch, skip, angles[spec.kind])
+            if self.last_reader[spec.reads_kv_of] == i:
+                self._store(spec.reads_kv_of, spec.kind, step.pop(spec.reads_kv_of), batch)
         if batch.tail.index is not None and not skip:
             x = x[batch.tail.index]
         return self.norm(x if batch.wanted is None else x[batch.wanted])
@@ -254,14 +257,17 @@ class Text(nn.Module):
         normed = layer.input_layernorm(x)
         if spec.owns_kv:
             step[spec.index] = attn.kv_rows(normed, angles)
-            if spec.index in batch.pages:
-                ops.store(batch.pages[spec.index], step[spec.index], batch.past[spec.kind].slots)
         k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
         x = x + layer.post_attention_layernorm(attn(normed, step[spec.reads_kv_of], batch, skip, angles, k_weight))
         x = layer.feed_forward(x)
         if ple is not None:
             x = layer.per_layer_input(x, ple)
         return x * layer.layer_scalar
+
+    def _store(self, index: int, kind: Kind, rows: Tensor, batch: Batch) -> None:
+        # Only now: new rows may lie in the slots of rows that leave the window, which every reader had to see first.
+        if index in batch.pages:
+            ops.store(batch.pages[index], rows, batch.past[kind].slots)
 
     def _angles(self, position: Tensor, dtype: torch.dtype) -> dict[str, Angles]:
         first = {spec.kind: spec for spec in self.config.layers}

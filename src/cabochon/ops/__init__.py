@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from . import reference
 from .reference import Weight, attend, embed, experts, gated_mlp, head, linear, rms_norm, rope, route, store
-from .views import Past, Rows
+from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
+    "Pages",
     "Past",
     "Rows",
+    "ScaledPages",
     "Weight",
     "attend",
     "embed",

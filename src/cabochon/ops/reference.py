@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import QuantTensor, dequantize
-from .views import Past, Rows
+from .views import Pages, Past, Rows, ScaledPages
 
 Weight = Tensor | QuantTensor
 
@@ -83,16 +83,19 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
     return out
 
 
-def store(pages: Tensor, rows: Tensor, slots: Tensor) -> None:
+def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
     """Write `rows` [T, K, W] into `pages` [pages, S, K, W] at `slots` [T] (page * S + slot; -1: not), in place."""
     kept = slots >= 0
-    pages.view(-1, *pages.shape[2:])[slots[kept]] = rows[kept].to(pages.dtype)
+    if isinstance(pages, ScaledPages):
+        pages.write(rows[kept], slots[kept])
+    else:
+        pages.view(-1, *pages.shape[2:])[slots[kept]] = rows[kept].to(pages.dtype)
 
 
 def attend(
     q: Tensor,
     step: Tensor,
-    pages: Tensor | None,
+    pages: Pages | None,
     rows: Rows,
     start: Tensor,
     context: Tensor,
@@ -119,18 +122,19 @@ def attend(
         kv, origin = step[bounds[r] : bounds[r + 1]], begin[r]
         if past is not None and pages is not None:
             origin = int(past.first[r])
-            kv = torch.cat([_read_past(pages, past, r, begin[r]).to(kv.dtype), kv])
+            kv = torch.cat([_read_past(pages, past, r, begin[r], kv.dtype), kv])
         reach = rows.see_until[mine] if window is not None else rows.position[mine]
         key, value = kv[..., key_offset : key_offset + head], kv[..., value_offset : value_offset + head]
         out.append(_attend_one(q[mine], key, value, rows.position[mine], reach, origin, window))
     return torch.cat(out) if out else torch.empty_like(q)
 
 
-def _read_past(pages: Tensor, past: Past, r: int, until: int) -> Tensor:
+def _read_past(pages: Pages, past: Past, r: int, until: int, dtype: torch.dtype) -> Tensor:
     """The stored rows of request r from position `past.first[r]` up to `until` -> [n, K, W]."""
     count = until - int(past.first[r])
-    used = -(-count // pages.shape[1])
-    return pages[past.table[r, :used].long()].flatten(0, 1)[:count]
+    page = past.table[r, : -(-count // pages.shape[1])].long()
+    rows = pages.read(page, dtype) if isinstance(pages, ScaledPages) else pages[page].to(dtype)
+    return rows.flatten(0, 1)[:count]
 
 
 def _attend_one(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,51 @@ class Past:
     """[T] int64, page * S + slot where each token of this step is stored, -1 for tokens that are not stored."""
     longest: int
     """Most past tokens of one request that lie in pages of this group (host side)."""
+
+
+@dataclass(slots=True)
+class ScaledPages:
+    """Pages whose rows are kept in 8 bits, each with one scale for `row[:split]` and one for `row[split:]`.
+
+    `split` is the head width: the first part is the key (or the shared vector n), the second the value (or the turned
+    quarter of the key); their magnitudes differ by an order, hence two scales. See `kv.layout`.
+    """
+
+    codes: Tensor
+    """[pages, S, K, W] int8 or float8_e4m3fn."""
+    scales: Tensor
+    """[pages, S, K, 2] float32."""
+    split: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def read(self, page: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of pages `page` [n] -> [n, S, K, W]."""
+        codes, scales = self.codes[page] if self.codes.dtype == torch.int8 else self._float8(page), self.scales[page]
+        wide = codes.to(scales.dtype)
+        first, second = wide[..., : self.split] * scales[..., :1], wide[..., self.split :] * scales[..., 1:]
+        return torch.cat([first, second], -1).to(dtype)
+
+    def _float8(self, page: Tensor) -> Tensor:
+        # Indexing is not implemented for 8-bit floats everywhere; their bytes can be indexed.
+        return self.codes.view(torch.uint8)[page].view(torch.float8_e4m3fn)
+
+    def write(self, rows: Tensor, slots: Tensor) -> None:
+        """Round `rows` [n, K, W] to 8 bits and put them at `slots` [n] (page * S + slot)."""
+        parts, scales = [], []
+        integer = self.codes.dtype == torch.int8
+        top = 127.0 if integer else torch.finfo(torch.float8_e4m3fn).max
+        for part in (rows[..., : self.split].float(), rows[..., self.split :].float()):
+            scale = (part.abs().amax(-1, keepdim=True) / top).clamp_min(1e-20)
+            scaled = part / scale
+            parts.append(scaled.round().to(torch.int8) if integer else scaled.to(torch.float8_e4m3fn).view(torch.uint8))
+            scales.append(scale)
+        flat = self.codes if integer else self.codes.view(torch.uint8)
+        flat.view(-1, *flat.shape[2:])[slots] = torch.cat(parts, -1)
+        self.scales.view(-1, *self.scales.shape[2:])[slots] = torch.cat(scales, -1)
+
+
+Pages = Tensor | ScaledPages
+"""What a layer's stored rows look like: [pages, S, K, W] in the model's type, or the same in 8 bits."""
