@@ -56,3 +56,42 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
     exponent = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[:, None] * (1.0 / rope.theta**exponent)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class ClippedLinear(nn.Module):
+    """A matrix whose inputs and outputs are clamped to ranges that the checkpoint holds; plain without `clipped`."""
+
+    input_min: Tensor
+    input_max: Tensor
+    output_min: Tensor
+    output_max: Tensor
+
+    def __init__(self, inputs: int, outputs: int, clipped: bool) -> None:
+        super().__init__()
+        self.linear = Linear(inputs, outputs)
+        self.clipped = clipped
+        if clipped:
+            for side in ("input", "output"):
+                self.register_buffer(f"{side}_min", torch.tensor(-torch.inf))
+                self.register_buffer(f"{side}_max", torch.tensor(torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.clipped:
+            out: Tensor = self.linear(x)
+            return out
+        return torch.clamp(
+            self.linear(torch.clamp(x, self.input_min, self.input_max)), self.output_min, self.output_max
+        )
+
+
+class Projector(nn.Module):
+    """A tower's features into the text network's width: norm without weight, then a matrix."""
+
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.embedding_projection = Linear(inputs, outputs)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.embedding_projection(ops.rms_norm(x, None, self.eps))
+        return out

@@ -7,7 +7,7 @@ ROCm), else `ops.reference`. Gradients are wanted only in training, which always
 from __future__ import annotations
 
 from . import reference
-from .reference import Weight, attend, embed, experts, gated_mlp, head, linear, rms_norm, rope, route, store
+from .reference import Weight, attend, attend_all, embed, experts, gated_mlp, head, linear, rms_norm, rope, route, store
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ScaledPages",
     "Weight",
     "attend",
+    "attend_all",
     "embed",
     "experts",
     "gated_mlp",

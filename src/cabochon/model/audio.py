@@ -1,0 +1,208 @@
+"""The audio tower of E2B and E4B: log-mel frames in, soft tokens out, four frames to one.
+
+A conformer whose attention sees only the last twelve tokens. The reference cuts the sequence into blocks and shifts a
+matrix of relative scores; here each query block meets its window of keys directly, and because a key's relative
+position only adds to it (q k + q r = q (k + r)), the relative scores are gathered by distance.
+
+One sound at a time and only its own frames, so nothing is padded or masked out.
+
+Letters: A tokens of the sound (a quarter of its frames), N heads, H head width, W tower width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config_media import AudioConfig
+from ..errors import ConfigError
+from .layers import ClippedLinear, Linear, RMSNorm
+
+
+class Halving(nn.Module):
+    """A 3 x 3 convolution with stride 2 over time and frequency, norm over channels, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(outputs, eps=eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, inputs, A, frequencies] -> [1, outputs, A / 2, frequencies / 2], both rounded up."""
+        out: Tensor = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return out.relu().permute(0, 3, 1, 2)
+
+
+class Subsampling(nn.Module):
+    """Two halvings, then a matrix over (frequency, channel)."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        first, second = config.subsampling_conv_channels
+        self.layer0 = Halving(1, first, config.rms_norm_eps)
+        self.layer1 = Halving(first, second, config.rms_norm_eps)
+        self.input_proj_linear = Linear(first // 4 * second, config.hidden_size)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """[frames, 128] -> [A, W]."""
+        x = self.layer1(self.layer0(mel[None, None].to(self.layer0.conv.weight.dtype)))
+        out: Tensor = self.input_proj_linear(x[0].permute(1, 2, 0).flatten(1))
+        return out
+
+
+class Attention(nn.Module):
+    """Each token sees itself and the eleven before it, with learned projections of sinusoids of the distance."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        width, clipped = config.hidden_size, config.use_clipped_linears
+        self.heads, self.cap = config.num_attention_heads, config.attention_logit_cap
+        self.block, self.reach = config.attention_chunk_size, config.attention_context_left - 1
+        head = width // self.heads
+        self.q_proj = ClippedLinear(width, width, clipped)
+        self.k_proj = ClippedLinear(width, width, clipped)
+        self.v_proj = ClippedLinear(width, width, clipped)
+        self.post = ClippedLinear(width, width, clipped)
+        self.relative_k_proj = Linear(width, width)
+        self.per_dim_scale = nn.Parameter(torch.empty(head))
+        self.q_scale, self.k_scale = head**-0.5 / math.log(2), math.log(1 + math.e) / math.log(2)
+
+    def forward(self, x: Tensor, distance: Tensor) -> Tensor:
+        """`x` [A, W] and the sinusoids `distance` [reach, W] of 0, 1, ... tokens back -> [A, W]. Scores in float32."""
+        shape, wide = (self.heads, -1), torch.promote_types(x.dtype, torch.float32)
+        q = self.q_proj(x).to(wide).unflatten(-1, shape) * (self.q_scale * F.softplus(self.per_dim_scale.to(wide)))
+        k = self.k_proj(x).to(wide).unflatten(-1, shape) * self.k_scale
+        v = self.v_proj(x).to(wide).unflatten(-1, shape)
+        relative = self.relative_k_proj(distance).to(wide).unflatten(-1, shape)
+        out: Tensor = self.post(self._windowed(q, k, v, relative).flatten(1).to(x.dtype))
+        return out
+
+    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
+        """`q`, `k`, `v` [A, N, H], `relative` [reach, N, H] -> [A, N, H]; C blocks of Q queries over S keys each."""
+        count, block, back = q.shape[0], self.block, self.reach - 1
+        blocks = -(-count // block)
+        fill = blocks * block - count
+        queries = F.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(0, (blocks, block)).transpose(1, 2)  # [C, N, Q, H]
+        keys = F.pad(k, (0, 0, 0, 0, back, fill)).unfold(0, back + block, block)  # [C, N, H, S]
+        values = F.pad(v, (0, 0, 0, 0, back, fill)).unfold(0, back + block, block)
+
+        asks = torch.arange(block, device=q.device)[:, None]
+        place = torch.arange(back + block, device=q.device)[None, :]
+        away = asks + back - place  # [Q, S]: how many tokens the key lies before the query
+        in_reach = (away >= 0) & (away < self.reach)
+        begun = torch.arange(blocks, device=q.device)[:, None] * block + place - back >= 0  # [C, S]
+        seen = in_reach[None, None] & begun[:, None, None]
+
+        nearness = queries @ relative.permute(1, 2, 0)  # [C, N, Q, reach]
+        shifted = nearness.gather(-1, away.clamp(0, self.reach - 1).expand(*nearness.shape[:2], -1, -1))
+        scores = self.cap * torch.tanh((queries @ keys + shifted) / self.cap)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ values.transpose(2, 3)).transpose(1, 2).flatten(0, 1)[:count]
+
+
+class FeedForward(nn.Module):
+    """A half-step feed-forward: the residual gets `residual_weight` of it."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.ffw_layer_1 = ClippedLinear(width, 4 * width, config.use_clipped_linears)
+        self.ffw_layer_2 = ClippedLinear(4 * width, width, config.use_clipped_linears)
+        self.pre_layer_norm = RMSNorm(width, eps)
+        self.post_layer_norm = RMSNorm(width, eps)
+        self.share = config.residual_weight
+
+    def forward(self, x: Tensor, bound: float) -> Tensor:
+        y = self.ffw_layer_2(F.silu(self.ffw_layer_1(self.pre_layer_norm(x.clamp(-bound, bound)))))
+        out: Tensor = x + self.post_layer_norm(y.clamp(-bound, bound)) * self.share
+        return out
+
+
+class LightConv(nn.Module):
+    """Gate, depthwise convolution over the last tokens, norm, SiLU, matrix."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        width, eps, kernel = config.hidden_size, config.rms_norm_eps, config.conv_kernel_size
+        self.linear_start = ClippedLinear(width, 2 * width, config.use_clipped_linears)
+        self.linear_end = ClippedLinear(width, width, config.use_clipped_linears)
+        self.depthwise_conv1d = nn.Conv1d(width, width, kernel, groups=width, bias=False)
+        self.pre_layer_norm = RMSNorm(width, eps)
+        self.conv_norm = RMSNorm(width, eps)
+
+    def forward(self, x: Tensor, bound: float) -> Tensor:
+        y = F.glu(self.linear_start(self.pre_layer_norm(x)), -1)
+        taps = self.depthwise_conv1d.weight[:, 0].T  # [kernel, W], oldest first
+        padded = F.pad(y, (0, 0, taps.shape[0] - 1, 0))
+        y = sum(padded[i : i + len(y)] * tap for i, tap in enumerate(taps))
+        out: Tensor = x + self.linear_end(F.silu(self.conv_norm(y.clamp(-bound, bound))))
+        return out
+
+
+class Layer(nn.Module):
+    """Feed-forward, attention, convolution, feed-forward."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.feed_forward1 = FeedForward(config)
+        self.feed_forward2 = FeedForward(config)
+        self.self_attn = Attention(config)
+        self.lconv1d = LightConv(config)
+        self.norm_pre_attn = RMSNorm(width, eps)
+        self.norm_post_attn = RMSNorm(width, eps)
+        self.norm_out = RMSNorm(width, eps)
+
+    def forward(self, x: Tensor, distance: Tensor, bound: float) -> Tensor:
+        x = self.feed_forward1(x, bound)
+        y = self.self_attn(self.norm_pre_attn(x.clamp(-bound, bound)), distance)
+        x = x + self.norm_post_attn(y.clamp(-bound, bound))
+        x = self.feed_forward2(self.lconv1d(x, bound), bound)
+        out: Tensor = self.norm_out(x.clamp(-bound, bound))
+        return out
+
+
+class AudioTower(nn.Module):
+    """Subsampling, the conformer's layers, a last matrix with bias."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        if config.attention_context_right:
+            raise ConfigError(
+                f"audio_config.attention_context_right is {config.attention_context_right}, but only 0 is supported."
+            )
+        if config.attention_chunk_size < config.attention_context_left - 1:
+            raise ConfigError(
+                f"audio_config.attention_chunk_size is {config.attention_chunk_size}, but must be at least "
+                f"attention_context_left - 1 = {config.attention_context_left - 1}."
+            )
+        self.config = config
+        self.subsample_conv_projection = Subsampling(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.output_proj = nn.Linear(config.hidden_size, config.output_proj_dims)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """[frames, 128] -> [A, output_proj_dims]."""
+        x = self.subsample_conv_projection(mel)
+        bound = min(self.config.gradient_clipping, torch.finfo(x.dtype).max)
+        distance = self._distances(x)
+        for layer in self.layers:
+            x = layer(x, distance, bound)
+        out: Tensor = self.output_proj(x)
+        return out
+
+    def _distances(self, like: Tensor) -> Tensor:
+        """[reach, W]: sines, then cosines, of 0, 1, ... tokens back over timescales from 1 to 10,000.
+
+        The reference counts positions down from half the context of a block; where that is not the reach, distances
+        are off by the difference, and so they are here.
+        """
+        config = self.config
+        reach, half = config.attention_context_left - 1, config.hidden_size // 2
+        shift = (config.attention_chunk_size + reach) // 2 - reach
+        scale = torch.exp(torch.arange(half, device=like.device) * (-math.log(1e4) / max(half - 1, 1)))
+        time = (torch.arange(reach, device=like.device) + shift)[:, None] * scale
+        return torch.cat([time.sin(), time.cos()], -1).to(like.dtype)
