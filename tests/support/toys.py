@@ -2,7 +2,7 @@
 
 A toy keeps what makes its size special (pattern of layers, KV sharing, per-layer embeddings, double-wide MLP,
 value = key, experts, head widths that differ by kind) and shrinks the rest: window 16, head widths 16 and 32, 320
-tokens. Its config is a config.json as published checkpoints spell it, so that `transformers` and we read the same thing.
+tokens. Its config is a config.json as published checkpoints spell it, so that `transformers` and we read the same.
 
 Weights are calm: q and k norms of about head_dim ** -0.25 and post norms of about 0.3 keep scores and residuals small,
 so that float32 and float64 agree to a few 1e-6 and a larger difference means a mistake.
@@ -100,7 +100,7 @@ def toy_json(size: str, *, media: bool = False, **text: Any) -> dict[str, Any]:
     raw["text_config"].update(own)
     raw.update(IDS)
     _shrink_media(raw, media)
-    return raw
+    return with_dtype(raw, torch.float32)
 
 
 def toy_drafter_json(size: str, **text: Any) -> dict[str, Any]:
@@ -113,6 +113,14 @@ def toy_drafter_json(size: str, **text: Any) -> dict[str, Any]:
     raw["text_config"].update({**shared, "hidden_size": 32, "intermediate_size": 48, **text})
     raw.update({key: value for key, value in IDS.items() if key in raw})
     raw.update(backbone_hidden_size=target["hidden_size"], num_centroids=32, centroid_intermediate_top_k=8)
+    return with_dtype(raw, torch.float32)
+
+
+def with_dtype(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`raw` with its dtype set in every part. `transformers` rounds constants to it even if the module is cast later."""
+    name = str(dtype).removeprefix("torch.")
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        part["dtype"] = name
     return raw
 
 
@@ -143,8 +151,7 @@ def save_toy(folder: Path, size: str, *, seed: int = 0, dtype: torch.dtype = tor
     """A checkpoint folder (config.json, model.safetensors, no tokenizer) that we and `transformers` load."""
     from safetensors.torch import save_file
 
-    raw = toy_json(size, **text)
-    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw = with_dtype(toy_json(size, **text), dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     model = toy_model(size, seed=seed, dtype=dtype, **text)
