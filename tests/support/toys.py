@@ -117,7 +117,7 @@ def toy_drafter_json(size: str, **text: Any) -> dict[str, Any]:
 
 
 def with_dtype(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """`raw` with its dtype set in every part. `transformers` rounds constants to it even if the module is cast later."""
+    """`raw` with the dtype of every part set; `transformers` rounds constants to it even if the module is cast later."""
     name = str(dtype).removeprefix("torch.")
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         part["dtype"] = name
