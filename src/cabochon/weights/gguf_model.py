@@ -223,7 +223,7 @@ def metadata_of(config: ModelConfig, tokenizer_json: str | None, template: str |
             "expert_used_count": experts.per_token,
             "expert_feed_forward_length": experts.width,
         }
-    metadata = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name}
+    metadata: dict[str, Any] = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name}
     metadata |= {f"{ARCHITECTURE}.{key}": value for key, value in said.items()}
     metadata["general.quantization_version"] = 2
     if tokenizer_json is not None:
