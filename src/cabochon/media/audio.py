@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 import av
 import numpy as np
@@ -62,12 +63,11 @@ def read_audio(data: bytes, max_seconds: float) -> Samples:
 
 
 def _resampled(container: av.container.InputContainer) -> Iterator[Samples]:
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-    for frame in container.decode(audio=0):
+    """Channels are averaged here: FFmpeg's own downmix of two equal channels comes out louder by the root of two."""
+    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    for frame in chain(container.decode(audio=0), [None]):
         for piece in resampler.resample(frame):
-            yield piece.to_ndarray()[0]
-    for piece in resampler.resample(None):
-        yield piece.to_ndarray()[0]
+            yield piece.to_ndarray().mean(0, dtype=np.float32)
 
 
 def windows(samples: Samples, overlap_seconds: float = 1.0) -> list[Samples]:
