@@ -154,7 +154,8 @@ def _awq(fetch: Fetch, settings: Mapping[str, Any]) -> Tensor:
         raise CheckpointError("only 4-bit AWQ can be read")
 
     def columns(words: Tensor) -> Tensor:
-        return unpack_nibbles(words, 1).unflatten(1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(1)
+        words_of_eight: Tensor = unpack_nibbles(words, 1).view(words.shape[0], -1, 8)
+        return words_of_eight[..., list(_AWQ_ORDER)].flatten(1)
 
     codes, zeros = columns(_need(fetch, "qweight")), columns(_need(fetch, "qzeros"))
     scales = _need(fetch, "scales").float()
