@@ -70,7 +70,7 @@ _AUDIO = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [8, 4],
+    "subsampling_conv_channels": [128, 4],  # the first is also the number of mel bands, in the reference as well
     "output_proj_dims": 24,
 }
 
@@ -117,7 +117,7 @@ def toy_drafter_json(size: str, **text: Any) -> dict[str, Any]:
 
 
 def with_dtype(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """`raw` with the dtype of every part set; `transformers` rounds constants to it even if the module is cast later."""
+    """`raw` with the dtype of every part set; `transformers` rounds constants to it even in a module cast later."""
     name = str(dtype).removeprefix("torch.")
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         part["dtype"] = name

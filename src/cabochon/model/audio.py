@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config_media import AudioConfig
+from ..config import AudioConfig
 from ..errors import ConfigError
 from .layers import ClippedLinear, Linear, RMSNorm
 

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..config_media import AudioConfig, UnifiedVisionConfig, VisionConfig
+from ..config import AudioConfig, ModelConfig, UnifiedVisionConfig, VisionConfig
 from ..media.image import Patches
 from .audio import AudioTower
 from .batch import Batch

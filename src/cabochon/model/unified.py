@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config_media import UnifiedVisionConfig
+from ..config import UnifiedVisionConfig
 
 LAYER_NORM_EPS = 1e-5
 """The reference leaves these three norms at torch's default."""

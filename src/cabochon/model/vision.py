@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config_media import VisionConfig
+from ..config import VisionConfig
 from .layers import ClippedLinear, Linear, RMSNorm
 
 Angles = tuple[Tensor, Tensor]

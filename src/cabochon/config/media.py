@@ -1,10 +1,9 @@
-"""The parts of a config that describe images and sound: towers, and the encoder-free inputs of the 12B."""
+"""Reading the parts of a config that describe images and sound."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .strict_json import Section
+from .values import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 
 _WRITER = "written by the library that saved the file, without effect on the network"
 IGNORED = {
@@ -21,75 +20,8 @@ _VISION_ONLY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class VisionConfig:
-    """The vision transformer of E2B, E4B, 26B-A4B and 31B."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    """Base of the two-dimensional rotary embedding: x turns the first half of a head, y the second."""
-    patch_size: int
-    pooling_kernel_size: int
-    position_embedding_size: int
-    use_clipped_linears: bool
-    standardize: bool
-    soft_tokens: int
-    """Tokens of an image unless a request asks for another budget."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnifiedVisionConfig:
-    """The encoder-free image input of the 12B: one matrix over `patch_size * pooling_kernel_size` pixel squares."""
-
-    patch_size: int
-    pooling_kernel_size: int
-    mm_embed_dim: int
-    mm_posemb_size: int
-    rms_norm_eps: float
-    soft_tokens: int
-
-    @property
-    def model_patch_size(self) -> int:
-        return self.patch_size * self.pooling_kernel_size
-
-
-@dataclass(frozen=True, slots=True)
-class AudioConfig:
-    """The conformer of E2B and E4B."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    attention_chunk_size: int
-    attention_context_left: int
-    attention_context_right: int
-    attention_logit_cap: float
-    attention_invalid_logits_value: float
-    subsampling_conv_channels: tuple[int, int]
-    conv_kernel_size: int
-    residual_weight: float
-    gradient_clipping: float
-    use_clipped_linears: bool
-    rms_norm_eps: float
-    output_proj_dims: int
-
-
-@dataclass(frozen=True, slots=True)
-class UnifiedAudioConfig:
-    """The encoder-free sound input of the 12B: one matrix over frames of raw samples."""
-
-    audio_embed_dim: int
-    """Samples per token and width of the frame vector."""
-    rms_norm_eps: float
-
-
 def read_dtype(section: Section) -> str:
-    old = section.text("torchread_dtype", "bfloat16")
+    old = section.text("torch_dtype", "bfloat16")
     return section.text("dtype", old)
 
 
