@@ -1,4 +1,4 @@
-"""The vision and audio towers and the encoder-free embedders against the reference, on calm random weights in float32."""
+"""The vision and audio towers and the encoder-free embedders against the reference, on calm weights in float32."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from transformers.models.gemma4_unified.modeling_gemma4_unified import (
     Gemma4UnifiedVisionEmbedder,
 )
 
-from cabochon.config_media import AudioConfig, UnifiedVisionConfig, VisionConfig
+from cabochon.config import AudioConfig, UnifiedVisionConfig, VisionConfig
 from cabochon.media import audio as sound
 from cabochon.media import image
 from cabochon.model.audio import AudioTower

@@ -70,7 +70,7 @@ _AUDIO = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [128, 4],  # the first is also the number of mel bands, in the reference as well
+    "subsampling_conv_channels": [128, 4],  # the reference takes the first for the number of mel bands
     "output_proj_dims": 24,
 }
 

@@ -275,7 +275,7 @@ Conversation = Sequence[Message | Mapping[str, Any]]
 _MESSAGE_KEYS = {
     *("role", "content", "reasoning", "reasoning_content", "tool_calls", "tool_call_id", "name", "tool_responses"),
 }
-_MEDIA_OPTIONS = {"max_soft_tokens", "detail", "fps", "max_frames", "format"}
+_MEDIA_OPTIONS = {"max_soft_tokens", "detail", "fps", "max_frames", "num_frames", "sound", "split", "format"}
 _MEDIA_TYPES: dict[str, Literal["image", "video", "audio"]] = {
     "image": "image",
     "image_url": "image",
