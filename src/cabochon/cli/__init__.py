@@ -1,0 +1,61 @@
+"""The command line: parse, call, print.
+
+Modules of this folder import torch, the engine and the Hub inside functions only, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import CabochonError
+from . import catalogue, look, talk
+
+app = typer.Typer(
+    name="cabochon",
+    help="Run, serve, size, quantise, fine-tune and check the Gemma 4 models on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+for command in (
+    *(talk.chat, talk.run),
+    catalogue.models,
+    look.tokenize,
+):
+    app.command(command.__name__.removesuffix("_models"))(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cabochon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The `cabochon` command. Bad input ends in one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except CabochonError as error:
+        print(f"cabochon: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
