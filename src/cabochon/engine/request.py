@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -92,6 +92,33 @@ class SoftSpan:
     """What `model.encode` takes (patches, mel frames, ...)."""
     two_way: bool
     """The tokens see each other on sliding layers; such a span is never split over steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the engine is asked to continue. Everything in it is settled: no defaults are looked up later."""
+
+    id: str
+    token_ids: Sequence[int]
+    params: SamplingParams
+    """With temperature, top_p, top_k and max_tokens filled in."""
+    eos_ids: Collection[int] = ()
+    """Tokens that end the reply unless `params.ignore_eos`; the one that did is part of the reply."""
+    spans: tuple[SoftSpan, ...] = ()
+    boundaries: tuple[int, ...] = ()
+    """Token counts after which the window is kept for later requests (see `chat.messages.Prompt`)."""
+    keep_end: bool = True
+    """Keep the window at the end of the reply as well: the next turn goes on from there."""
+    priority: int = 0
+    """Lower goes first; equal ones in order of arrival."""
+    constraint: Callable[[], Constraint] | None = None
+    """Called once per reply, so n > 1 makes n of them."""
+    loop_guard: int = 0
+    """End the reply with "loop" when its last so many tokens repeat a cycle of at most a quarter of them; 0: never."""
+    salt: bytes = b""
+    """Requests share cached prefixes only with those of the same salt (another adapter: another salt)."""
+    sink: Callable[[int, torch.Tensor], None] | None = None
+    """Called with (position, logits [n, V]) for all tokens of the prompt, in order; bypasses the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,12 @@ on those. The weight of the dimensions that don't turn is folded into the query.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..config import Kind, LayerSpec
+from ..errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,89 @@ def kv_groups(layers: tuple[LayerSpec, ...]) -> dict[Kind, KVGroup]:
             kind, tuple(spec.index for spec in owners), first.kv_heads, first.head_dim, width, key, value, first.window
         )
     return groups
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------
+
+CacheDtype = Literal["auto", "fp8", "int8"]
+SCALES_PER_ROW = 2
+"""8-bit rows carry one float32 scale for the first head width and one for the rest, per token, layer and head."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """How many pages each group gets, and what they weigh. The pool allocates exactly this."""
+
+    groups: Mapping[Kind, KVGroup]
+    page_size: int
+    pages: Mapping[Kind, int]
+    value_bytes: Mapping[Kind, int]
+    """Bytes of one stored number: the model's type, or 1."""
+
+    def page_bytes(self, kind: Kind) -> int:
+        """Bytes of one page, all layers of the group together."""
+        return self.page_size * token_bytes(self.groups[kind], self.value_bytes[kind])
+
+    def bytes(self) -> int:
+        return sum(self.page_bytes(kind) * count for kind, count in self.pages.items())
+
+
+def token_bytes(group: KVGroup, value_bytes: int) -> int:
+    """Bytes stored per token by all layers of a group; one-byte numbers come with their scales."""
+    scales = 4 * SCALES_PER_ROW * len(group.layers) * group.kv_heads if value_bytes == 1 else 0
+    return group.values_per_token() * value_bytes + scales
+
+
+def request_pages(group: KVGroup, tokens: int, page_size: int, unverified: int = 0) -> int:
+    """Most pages that one request of up to `tokens` tokens holds at a time.
+
+    A window of w tokens (the last w - 1 and the next, plus drafts that may be taken back) can begin anywhere in a page.
+    """
+    whole = -(-tokens // page_size)
+    if group.window is None:
+        return whole
+    return min(whole, (group.window + unverified + page_size - 2) // page_size + 1)
+
+
+def bytes_read(layers: Sequence[LayerSpec], context: int, value_bytes: Mapping[Kind, int]) -> int:
+    """Bytes that one decoded token reads from the pages at `context` tokens; KV-shared layers read as well."""
+    total = 0
+    for spec in layers:
+        width, _, _ = row_geometry(spec)
+        size = value_bytes[spec.kind]
+        row = width * size + (4 * SCALES_PER_ROW if size == 1 else 0)
+        total += spec.kv_heads * row * (context if spec.window is None else min(context, spec.window - 1))
+    return total
+
+
+def plan_pages(
+    groups: Mapping[Kind, KVGroup],
+    value_bytes: Mapping[Kind, int],
+    *,
+    page_size: int,
+    max_tokens: int,
+    requests: int,
+    snapshots: int = 0,
+    budget: int | None = None,
+    unverified: int = 0,
+) -> KVPlan:
+    """Pages for `requests` requests of `max_tokens` tokens each and `snapshots` kept windows, within `budget` bytes.
+
+    Where the budget is short, the number of whole requests that fit decides: each gets its window and an equal share of
+    global pages. One request of `max_tokens` must fit, else `InputError` says how much is missing.
+    """
+    one = {kind: request_pages(group, max_tokens, page_size, unverified) for kind, group in groups.items()}
+    full = {kind: count * requests for kind, count in one.items()}
+    full["sliding"] += one["sliding"] * snapshots
+    plan = KVPlan(groups, page_size, full, value_bytes)
+    if budget is None or plan.bytes() <= budget:
+        return plan
+    least = KVPlan(groups, page_size, one, value_bytes)
+    if least.bytes() > budget:
+        raise InputError(
+            f"The KV cache of one request of {max_tokens} tokens takes {least.bytes() / 2**30:.2f} GiB, but only "
+            f"{max(budget, 0) / 2**30:.2f} GiB are free for it; lower max_model_len or take an 8-bit KV cache."
+        )
+    share = (budget - least.bytes()) / (plan.bytes() - least.bytes())
+    pages = {kind: one[kind] + int((full[kind] - one[kind]) * share) for kind in one}
+    return KVPlan(groups, page_size, pages, value_bytes)

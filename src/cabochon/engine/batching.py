@@ -1,0 +1,155 @@
+"""From a plan to the `Batch` that the model reads: packed ids, positions, page tables, slots.
+
+Everything is computed in numpy for all tokens at once and goes to the device in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..config import Kind
+from ..kv.cache import KVCache
+from ..model.batch import Batch, SoftTokens
+from ..ops.views import Past, Rows
+from .request import SoftSpan
+from .scheduler import Item
+
+Array = NDArray[Any]
+Encode = Callable[[Sequence[SoftSpan]], list[Tensor]]
+
+
+def build(items: list[Item], cache: KVCache, device: torch.device, *, skip: bool = True, encode: Encode) -> Batch:
+    """The batch of one step. `skip`: rows whose logits nobody wants do not go through the KV-shared layers."""
+    count = np.fromiter((item.count for item in items), np.int64, len(items))
+    context = np.fromiter((item.context for item in items), np.int64, len(items))
+    wanted = np.fromiter((item.wanted for item in items), np.int64, len(items))
+    table = np.fromiter((_row(item) for item in items), np.int64, len(items))
+    start = _starts(count)
+    total = int(start[-1])
+    owner = np.repeat(np.arange(len(items)), count)
+    position = np.arange(total) + np.repeat(context - start[:-1], count)
+    arrays: dict[str, Array] = {
+        "ids": np.concatenate([item.track.ids[item.context : item.context + item.count] for item in items]),
+        "start": start.astype(np.int32),
+        "context": context.astype(np.int32),
+        "position": position.astype(np.int32),
+    }
+    spans = [(item, base, span) for item, base in zip(items, start, strict=False) for span in _spans(item)]
+    if any(span.two_way for _, _, span in spans):
+        arrays["see_until"] = _see_until(spans, position).astype(np.int32)
+    every = int(wanted.sum()) == total
+    if not every:
+        _want(arrays, wanted, start, position, skip)
+    longest = _pages(arrays, cache, table, owner, context, position)
+    t = ship(arrays, device)
+    rows = Rows(None, t["start"], t["position"], t.get("see_until", t["position"]), int(count.max()))
+    tail = rows
+    if not every and skip:
+        reach = t["tail_until"] if "tail_until" in t else t["tail_position"]
+        tail = Rows(t["tail_index"], t["tail_start"], t["tail_position"], reach, int(wanted.max()))
+    first = {"sliding": t["sliding_first"], "global": torch.zeros_like(t["context"])}
+    kinds: tuple[Kind, ...] = ("sliding", "global")
+    past = {kind: Past(t[f"{kind}_table"], first[kind], t[f"{kind}_slots"], longest[kind]) for kind in kinds}
+    only = t["tail_index"] if not every and not skip else None
+    soft = _soft(spans, encode, device) if spans else None
+    return Batch(t["ids"], t["start"], t["context"], rows, tail, only, past, cache.store.by_layer, soft)
+
+
+def _row(item: Item) -> int:
+    assert item.track.holding is not None
+    return item.track.holding.row
+
+
+def _starts(count: Array) -> Array:
+    start = np.zeros(len(count) + 1, np.int64)
+    np.cumsum(count, out=start[1:])
+    return start
+
+
+def _want(arrays: dict[str, Array], wanted: Array, start: Array, position: Array, skip: bool) -> None:
+    """Each request's last `wanted` tokens as the tail's rows."""
+    begin = _starts(wanted)
+    index = np.arange(int(begin[-1])) + np.repeat(start[1:] - begin[1:], wanted)
+    arrays["tail_index"] = index
+    if skip:
+        arrays["tail_start"] = begin.astype(np.int32)
+        arrays["tail_position"] = position[index].astype(np.int32)
+        if "see_until" in arrays:
+            arrays["tail_until"] = arrays["see_until"][index]
+
+
+def _pages(
+    arrays: dict[str, Array], cache: KVCache, row: Array, owner: Array, context: Array, position: Array
+) -> dict[Kind, int]:
+    """Tables of the past and slots of the step for both groups; the longest past in each."""
+    size, tables = cache.page_size, cache.tables
+    page, slot, mine = position // size, position % size, row[owner]
+    used = -(-context // size)
+
+    full = tables.page["global"]
+    slots = full[mine, page].astype(np.int64) * size + slot
+    arrays["global_slots"] = np.where(position >= tables.shared[mine], slots, -1)
+    arrays["global_table"] = full[row, : max(1, int(used.max()))]
+
+    near, first = tables.page["sliding"], tables.window_first[row].astype(np.int64)
+    at = page - first[owner]
+    slots = near[mine, np.maximum(at, 0)].astype(np.int64) * size + slot
+    arrays["sliding_slots"] = np.where(page >= tables.window_keep[mine], slots, -1)
+    arrays["sliding_table"] = near[row, : max(1, int((used - first).max()))]
+    arrays["sliding_first"] = (first * size).astype(np.int32)
+    return {"sliding": int((context - first * size).max()), "global": int(context.max())}
+
+
+# Media ----------------------------------------------------------------------------------------------------------------
+
+
+def _spans(item: Item) -> list[SoftSpan]:
+    end = item.context + item.count
+    return [s for s in item.track.request.spans if s.start < end and s.start + s.length > item.context]
+
+
+def _see_until(spans: list[tuple[Item, int, SoftSpan]], position: Array) -> Array:
+    """Tokens of a two-way span see to its end on sliding layers; such a span lies whole in the step."""
+    reach = position.copy()
+    for item, base, span in spans:
+        if span.two_way:
+            at = base + span.start - item.context
+            reach[at : at + span.length] = span.start + span.length - 1
+    return reach
+
+
+def _soft(spans: list[tuple[Item, int, SoftSpan]], encode: Encode, device: torch.device) -> SoftTokens:
+    index, features = [], []
+    encoded = encode([span for _, _, span in spans])
+    for (item, base, span), whole in zip(spans, encoded, strict=True):
+        low = max(span.start, item.context)
+        high = min(span.start + span.length, item.context + item.count)
+        index.append(torch.arange(low, high) + int(base) - item.context)
+        features.append(whole[low - span.start : high - span.start])
+    return SoftTokens(torch.cat(index).to(device), torch.cat(features))
+
+
+# Transfer -------------------------------------------------------------------------------------------------------------
+
+
+def ship(arrays: dict[str, Array], device: torch.device) -> dict[str, Tensor]:
+    """Host arrays as tensors on `device`: as they are on the CPU, elsewhere through one pinned buffer and one copy."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    starts = _starts(np.fromiter((-(-array.nbytes // 16) * 16 for array in arrays.values()), np.int64, len(arrays)))
+    host = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    flat = host.numpy()
+    for array, at in zip(arrays.values(), starts, strict=False):
+        flat[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    there = host.to(device, non_blocking=True)
+    kinds = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32, "bool": torch.bool}
+    return {
+        name: there[at : at + array.nbytes].view(kinds[array.dtype.name]).view(array.shape)
+        for (name, array), at in zip(arrays.items(), starts.tolist(), strict=False)
+    }

@@ -1,0 +1,83 @@
+"""How an engine is set up, and what that means in pages."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Kind, TextConfig
+from ..errors import InputError
+from ..kv.layout import CacheDtype, KVPlan, kv_groups, plan_pages, request_pages
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine is set up; names are vLLM's where the thing is the same."""
+
+    max_num_seqs: int = 64
+    """Most replies that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens per step."""
+    block_size: int = 32
+    """Tokens per page."""
+    kv_cache_dtype: CacheDtype = "auto"
+    """Of the global group; "auto" is the model's type."""
+    kv_window_dtype: CacheDtype = "auto"
+    """Of the sliding group."""
+    kv_cache_memory_bytes: int | None = None
+    """Most bytes for pages; None: what is sensible on this device."""
+    gpu_memory_utilization: float = 0.9
+    num_blocks: tuple[int, int] | None = None
+    """Pages of the sliding and of the global group, instead of what the memory gives."""
+    enable_prefix_caching: bool = True
+    max_snapshots: int | None = None
+    """Windows kept for later requests; None: one per seat."""
+    skip_unwanted: bool = True
+    """Tokens whose logits nobody wants skip the KV-shared layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be 1 or more.")
+        for name in ("kv_cache_dtype", "kv_window_dtype"):
+            if getattr(self, name) not in ("auto", "fp8", "int8"):
+                raise InputError(f"{name} is {getattr(self, name)!r}, but must be auto, fp8 or int8.")
+
+    def formats(self) -> dict[Kind, CacheDtype]:
+        """Number format of each group's pages."""
+        return {"sliding": self.kv_window_dtype, "global": self.kv_cache_dtype}
+
+
+def plan_cache(
+    text: TextConfig, options: EngineOptions, max_tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[KVPlan, int]:
+    """The page plan of an engine, and how many sliding pages snapshots may hold."""
+    groups = kv_groups(text.layers)
+    formats = options.formats()
+    value_bytes = {kind: dtype.itemsize if formats[kind] == "auto" else 1 for kind in groups}
+    snapshots = options.max_snapshots if options.max_snapshots is not None else options.max_num_seqs
+    each = request_pages(groups["sliding"], max_tokens, options.block_size)
+    if options.num_blocks is not None:
+        sliding, full = options.num_blocks
+        return KVPlan(groups, options.block_size, {"sliding": sliding, "global": full}, value_bytes), snapshots * each
+    budget = options.kv_cache_memory_bytes
+    plan = plan_pages(
+        groups,
+        value_bytes,
+        page_size=options.block_size,
+        max_tokens=max_tokens,
+        requests=options.max_num_seqs,
+        snapshots=snapshots,
+        budget=_memory(options, device) if budget is None else budget,
+    )
+    return plan, snapshots * each
+
+
+def _memory(options: EngineOptions, device: torch.device) -> int:
+    """Bytes for pages where nobody said: on a GPU what utilisation leaves, on a CPU a quarter of the free memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - total * (1 - options.gpu_memory_utilization))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
