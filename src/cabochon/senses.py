@@ -66,8 +66,8 @@ class Senses:
     def expand(self, prompt: Prompt, defaults: Mapping[str, Any] | None = None) -> tuple[Prompt, tuple[SoftSpan, ...]]:
         """The prompt with every placeholder grown to its full length, and the spans of its soft tokens.
 
-        `defaults` are options for parts that don't say themselves (vLLM's `mm_processor_kwargs`). Boundaries and slots
-        move along. Raises `MediaError` naming the part for anything that can't be used.
+        `defaults` are options for parts that don't say themselves (vLLM's `mm_processor_kwargs`); a budget among them is
+        meant for images, the frames of a video keep theirs. Boundaries and slots move along. Raises `MediaError` naming the part for anything that can't be used.
         """
         ids: list[int] = []
         spans: list[SoftSpan] = []
@@ -121,7 +121,8 @@ class Senses:
         strange = sorted(set(media.options) - known - PASSED_OVER)
         if strange:
             raise MediaError(f"The option {strange[0]!r} is unknown; it may have {', '.join(sorted(known))}.")
-        options = {name: value for name, value in defaults.items() if name in known} | dict(media.options)
+        general = known if media.kind != "video" else known - {"max_soft_tokens", "detail"}
+        options = {name: value for name, value in defaults.items() if name in general} | dict(media.options)
         data = fetch(media.source, self.policy)
         if media.kind == "image":
             return [self._image(data, options)]

@@ -29,7 +29,7 @@ DEFAULT_BUDGET = 280
 TILE = 48
 """Pixels of one soft token's side: 3 patches of 16."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "ICO", "PPM", "AVIF", "TGA", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "PPM", "AVIF", "JPEG2000")
 """What is opened. Pillow knows more, but some of its readers start other programs or follow links (EPS, WMF)."""
 
 
