@@ -1,0 +1,156 @@
+"""Triton twins of the ops that touch each row once: norm, rotation, embedding and the store into pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .views import Pages, ScaledPages
+
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding and taking it away rounds a float32 of up to 2^22 to the nearest even integer."""
+
+
+@triton.jit
+def _norm(x_ptr, weight_ptr, y_ptr, eps, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, B: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * WIDTH
+    i = tl.arange(0, B)
+    x = tl.load(x_ptr + at + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+    if WEIGHT:
+        y *= tl.load(weight_ptr + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at + i, y.to(y_ptr.dtype.element_ty), mask=i < WIDTH)
+
+
+@triton.jit
+def _rope(x_ptr, cos_ptr, sin_ptr, y_ptr, N, HALF: tl.constexpr, TURNED: tl.constexpr, B: tl.constexpr):
+    line = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    inside, turned = i < HALF, i < TURNED
+    a = tl.load(x_ptr + line * (2 * HALF) + i, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + line * (2 * HALF) + HALF + i, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + line // N * TURNED + i, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + line // N * TURNED + i, mask=turned, other=0.0).to(tl.float32)
+    kind = y_ptr.dtype.element_ty
+    tl.store(y_ptr + line * (2 * HALF) + i, (a * cos - b * sin).to(kind), mask=inside)
+    tl.store(y_ptr + line * (2 * HALF) + HALF + i, (b * cos + a * sin).to(kind), mask=inside)
+
+
+@triton.jit
+def _embed(ids_ptr, table_ptr, y_ptr, scale, WIDTH: tl.constexpr, B: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    row = tl.load(ids_ptr + t) * WIDTH
+    x = tl.load(table_ptr + row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(y_ptr + t * WIDTH + i, (x * scale).to(y_ptr.dtype.element_ty), mask=i < WIDTH)
+
+
+@triton.jit
+def _float8(x):
+    """The bits of float8_e4m3fn nearest to float32 `x`, |x| <= 448. Spelt out because older GPUs have no such cast."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.abs(x)
+    small = ((size * 512.0 + ROUND) - ROUND).to(tl.int32)  # multiples of 2^-9, up to the first normal number 2^-6
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    return (tl.where(size < 0.015625, small, normal) | ((bits >> 24) & 128)).to(tl.uint8)
+
+
+@triton.jit
+def _store(
+    rows_ptr,
+    slots_ptr,
+    pages_ptr,
+    scales_ptr,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Row (token, KV head) to its slot; SPLIT > 0 rounds each side of it to 8 bits with its own scale."""
+    line = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + line // K)
+    if slot < 0:
+        return
+    i = tl.arange(0, B)
+    x = tl.load(rows_ptr + line * W + i, mask=i < W, other=0.0)
+    target = slot * K + line % K
+    if SPLIT > 0:
+        x = x.to(tl.float32)
+        largest: tl.constexpr = 448.0 if FLOAT8 else 127.0
+        first = tl.maximum(tl.max(tl.where(i < SPLIT, tl.abs(x), 0.0)) / largest, 1e-20)
+        second = tl.maximum(tl.max(tl.where(i < SPLIT, 0.0, tl.abs(x))) / largest, 1e-20)
+        tl.store(scales_ptr + target * 2, first)
+        tl.store(scales_ptr + target * 2 + 1, second)
+        x = x / tl.where(i < SPLIT, first, second)
+        if FLOAT8:
+            tl.store(pages_ptr + target * W + i, _float8(x), mask=i < W)
+        else:
+            tl.store(pages_ptr + target * W + i, ((x + ROUND) - ROUND).to(tl.int8), mask=i < W)
+    else:
+        tl.store(pages_ptr + target * W + i, x.to(pages_ptr.dtype.element_ty), mask=i < W)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`reference.rms_norm` for float32, bfloat16 and float16."""
+    width = x.shape[-1]
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    if y.numel():
+        _norm[(y.numel() // width,)](
+            x, x if weight is None else weight, y, eps,
+            WIDTH=width, WEIGHT=weight is not None, B=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return y
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rope`; the products are rounded once, at the end."""
+    _, heads, head = x.shape
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    block = triton.next_power_of_2(head // 2)
+    if y.numel():
+        _rope[(y.numel() // head,)](
+            x, cos.contiguous(), sin.contiguous(), y, heads,
+            HALF=head // 2, TURNED=cos.shape[-1], B=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return y
+
+
+def embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
+    """`reference.embed` of a plain table, which may lie in pinned host memory: the GPU reads the rows from there."""
+    width = table.shape[1]
+    y = torch.empty(ids.shape[0], width, dtype=table.dtype, device=ids.device)
+    rounded = torch.tensor(scale, dtype=table.dtype).item()  # on the host
+    block = min(triton.next_power_of_2(width), 1024)
+    if y.numel():
+        _embed[(ids.shape[0], triton.cdiv(width, block))](
+            ids, table, y, rounded, WIDTH=width, B=block, num_warps=_warps(block)
+        )
+    return y
+
+
+def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
+    """`reference.store`: plain pages, int8 or float8 with two scales per row."""
+    tokens, heads, width = rows.shape
+    scaled = isinstance(pages, ScaledPages)
+    stored = pages.codes if isinstance(pages, ScaledPages) else pages
+    float8 = scaled and stored.dtype == torch.float8_e4m3fn
+    block = triton.next_power_of_2(width)
+    if rows.numel():
+        _store[(tokens * heads,)](
+            rows.contiguous(), slots, stored.view(torch.uint8) if float8 else stored,
+            pages.scales if isinstance(pages, ScaledPages) else slots,
+            K=heads, W=width, SPLIT=pages.split if isinstance(pages, ScaledPages) else 0, FLOAT8=float8,
+            B=block, num_warps=_warps(block),
+        )  # fmt: skip
+
+
+def _warps(block: int) -> int:
+    """Eight numbers or fewer per thread, up to eight warps."""
+    return max(1, min(8, block // 256))

@@ -1,0 +1,98 @@
+"""The Triton matrices and experts against the reference: plain and quantised weights, few rows and many."""
+
+import pytest
+import torch
+
+from cabochon.ops import reference
+from cabochon.quant import QuantTensor, quantize
+from support.triton_twins import DEVICE, TOLERANCE, distance, twin
+
+triton_experts = twin("triton_experts")
+triton_matmul = twin("triton_matmul")
+
+FORMATS = ["plain", "int8", "int4"]
+
+
+def weight(shape: tuple[int, ...], format: str, dtype: torch.dtype = torch.float32):
+    full = torch.randn(shape) * shape[-1] ** -0.5
+    return full.to(dtype) if format == "plain" else quantize(full, format)
+
+
+def to_device(value):
+    if isinstance(value, QuantTensor):
+        return QuantTensor(value.codes.to(DEVICE), value.scales.to(DEVICE), value.format, value.shape)
+    return value.to(DEVICE)
+
+
+def tolerance(dtype: torch.dtype, format: str) -> float:
+    # The reference rounds an int8 weight to x's type; the kernel multiplies the codes and scales the sum.
+    return max(TOLERANCE[dtype], 1e-6 if format == "plain" else 3e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear(rows, format):
+    x, w = torch.randn(rows, 96), weight((50, 96), format)
+    got = triton_matmul.linear(x.to(DEVICE), to_device(w))
+    assert distance(got.cpu(), reference.linear(x, w)) < tolerance(torch.float32, format)
+
+
+@pytest.mark.parametrize("inputs", [300, 17])
+def test_inputs_that_fill_no_group(inputs):
+    x = torch.randn(2, inputs)
+    for format in FORMATS:
+        w = weight((33, inputs), format)
+        assert distance(triton_matmul.linear(x.to(DEVICE), to_device(w)).cpu(), reference.linear(x, w)) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_short_types(format, dtype):
+    x, w = torch.randn(2, 3, 64).to(dtype), weight((40, 64), format, dtype)
+    got = triton_matmul.linear(x.to(DEVICE), to_device(w))
+    assert got.dtype == dtype and distance(got.cpu(), reference.linear(x, w)) < TOLERANCE[dtype]
+
+
+def test_many_rows_go_to_the_vendors_matmul_over_the_same_weight():
+    x, w = torch.randn(triton_matmul.MOST_ROWS + 1, 64), weight((40, 64), "int4")
+    assert distance(triton_matmul.linear(x.to(DEVICE), to_device(w)).cpu(), reference.linear(x, w)) < 2e-6
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    x, w = torch.randn(9, 96), weight((50, 96), "int4")
+    alone = triton_matmul.linear(x[4:5].to(DEVICE), to_device(w))
+    assert torch.equal(triton_matmul.linear(x.to(DEVICE), to_device(w))[4:5], alone)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gated_mlp(format):
+    x, gate, up, down = (
+        torch.randn(3, 64), weight((80, 64), format), weight((80, 64), format), weight((64, 80), format)
+    )  # fmt: skip
+    got = triton_matmul.gated_mlp(x.to(DEVICE), to_device(gate), to_device(up), to_device(down))
+    assert distance(got.cpu(), reference.gated_mlp(x, gate, up, down)) < 5e-6
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 5, 150])
+def test_experts(tokens, format):
+    """One pair per block, sorted blocks with one expert that nobody chose, and blocks of many rows."""
+    count, choices = 6, 2
+    x = torch.randn(tokens, 64)
+    chosen = torch.stack([torch.randperm(count - 1)[:choices] for _ in range(tokens)])
+    weights = torch.rand(tokens, choices)
+    gate_up, down = weight((count, 2 * 40, 64), format), weight((count, 64, 40), format)
+    wanted = reference.experts(x, chosen, weights, gate_up, down)
+    got = triton_experts.experts(*(to_device(value) for value in (x, chosen, weights, gate_up, down)))
+    assert distance(got.cpu(), wanted) < 5e-6
+
+
+def test_blocks_hold_every_pair_once_and_one_expert_each():
+    for pairs, count, rows in ((1, 3, 16), (70, 5, 16), (257, 128, 64)):
+        chosen = torch.randint(count, (pairs,))
+        pair, expert = triton_experts._sorted(chosen, count, rows)
+        blocks = pair.view(-1, rows)
+        assert sorted(pair[pair >= 0].tolist()) == list(range(pairs))
+        for numbers, of in zip(blocks, expert.tolist(), strict=True):
+            held = numbers[numbers >= 0]
+            assert not held.numel() or (chosen[held] == of).all()
