@@ -61,7 +61,7 @@ def test_command_lines_parse(block):
         if words[0] != "cabochon":
             continue
         with root.make_context("cabochon", words[1:], resilient_parsing=False) as context:
-            name, sub, rest = root.resolve_command(context, context.protected_args + context.args)
+            name, sub, rest = root.resolve_command(context, context._protected_args + context.args)
             sub.make_context(name, rest, parent=context).close()
 
 
