@@ -92,14 +92,18 @@ class Engine:
         """Accept a request, or say at once why it can never be served (`RequestError`, `ContextError`)."""
         if request.id in self._tracks:
             raise RequestError(f"A request with id {request.id!r} is running already.", "id")
-        self._check_ids(request)
-        self._check_room(request)
+        self.validate(request)
         track = Track(request, self._arrivals, self.clock())
         self._arrivals += 1
         self._tracks[request.id] = [track]
         self.scheduler.add(track)
         self.stats.requests += 1
         self.stats.tokens_in += track.prompt_length
+
+    def validate(self, request: Request) -> None:
+        """Raise what `add` would raise for its tokens and its length. Safe from any thread."""
+        self._check_ids(request)
+        self._check_room(request)
 
     def _check_ids(self, request: Request) -> None:
         ids = np.asarray(request.token_ids, dtype=np.int64)
@@ -137,6 +141,7 @@ class Engine:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Run one step and return what it brought."""
         begin = self.clock()

@@ -1,0 +1,178 @@
+"""What people say, as requests that the engine understands; and the engine that answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import count
+from typing import Any
+
+from ..chat.messages import Conversation, ParserState, Prompt, Tool
+from ..chat.tokenizer import Tokenizer
+from ..engine.engine import Engine
+from ..engine.options import EngineOptions
+from ..engine.request import Constraint, Request, SamplingParams, SoftSpan
+from ..errors import ContextError, InputError, RequestError
+from ..media.source import Policy
+from ..senses import Senses
+from .loading import Loaded
+from .replies import ChatReply, RawReply
+
+ConstraintMaker = Callable[[ParserState, int], Constraint]
+"""Makes the constraint of one reply from the parser's state after the prompt and the most tokens of the reply."""
+
+Tools = Iterable[Tool | Mapping[str, Any]]
+LOOP_GUARD = 200
+"""A chat reply ends when its last so many tokens are one short cycle."""
+
+
+@dataclass(slots=True)
+class Ask:
+    """A request and the readers of its n replies."""
+
+    request: Request
+    replies: list[ChatReply] | list[RawReply]
+
+    @property
+    def over(self) -> bool:
+        return all(reply.over for reply in self.replies)
+
+
+class Front:
+    """One loaded checkpoint with its engine. What only builds requests is safe from any thread; the engine is not."""
+
+    def __init__(
+        self, loaded: Loaded, *, max_model_len: int | None = None, policy: Policy | None = None, **engine_options: Any
+    ) -> None:
+        known = {field.name for field in fields(EngineOptions)}
+        if strange := sorted(set(engine_options) - known):
+            raise InputError(f"There is no engine option {strange[0]!r}; known are {', '.join(sorted(known))}.")
+        self.name = loaded.name
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.template = loaded.template
+        self.generation = loaded.generation
+        self.engine = Engine(
+            loaded.model,
+            EngineOptions(**engine_options),
+            max_model_len=max_model_len,
+            suppress=loaded.generation.suppress,
+        )
+        self.max_model_len = self.engine.max_model_len
+        self.senses = (
+            Senses(loaded.config, loaded.tokenizer, policy or Policy.for_owner()) if loaded.tokenizer else None
+        )
+        self.eos = frozenset(loaded.generation.eos or loaded.config.tokens.eos)
+        self._numbers = count()
+
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Conversation, *, tools: Tools | None = None, thinking: bool | None = None) -> Prompt:
+        """A conversation as token ids; media parts are still single placeholders."""
+        if self.template is None:
+            raise InputError(f"{self.name} has no tokenizer, so it can't chat; it serves token ids only.")
+        return self.template.render(messages, tools=tools, thinking=thinking)
+
+    def chat(
+        self,
+        messages: Conversation,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        params: SamplingParams | None = None,
+        constraint: ConstraintMaker | None = None,
+        priority: int = 0,
+    ) -> Ask:
+        """The request that answers a conversation. Fetching media may block."""
+        tools = list(tools) if tools else None
+        prompt = self.render(messages, tools=tools, thinking=thinking)
+        spans: tuple[SoftSpan, ...] = ()
+        tokenizer, senses = self._text_tools()
+        if prompt.media:
+            prompt, spans = senses.expand(prompt)
+        ends = {tokenizer.turn_close, tokenizer.tool_response_open}
+        params = self._settle(params, len(prompt.token_ids))
+        request = Request(
+            id=self._next_id("chat"),
+            token_ids=prompt.token_ids,
+            params=params,
+            eos_ids=self.eos | ends,
+            spans=spans,
+            boundaries=prompt.boundaries,
+            # The next turn leaves the thinking out, unless calls were made: then nothing is stripped.
+            keep_end=not thinking or bool(tools),
+            priority=priority,
+            constraint=_maker(constraint, prompt.state, params),
+            loop_guard=LOOP_GUARD,
+        )
+        tokens = len(prompt.token_ids)
+        return Ask(request, [ChatReply(tokenizer, prompt.state, params.stop, tokens) for _ in range(params.n)])
+
+    def raw(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        special_tokens: bool = False,
+        constraint: ConstraintMaker | None = None,
+        priority: int = 0,
+    ) -> Ask:
+        """The request that continues a raw prompt: text (BOS is added unless present) or token ids as they are."""
+        ids = self.encode(prompt, special_tokens) if isinstance(prompt, str) else [int(i) for i in prompt]
+        params = self._settle(params, len(ids))
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                f"{self.name} has no tokenizer, so it can't see stop strings; use stop_token_ids.", "stop"
+            )
+        request = Request(
+            id=self._next_id("raw"),
+            token_ids=ids,
+            params=params,
+            eos_ids=self.eos,
+            priority=priority,
+            constraint=_maker(constraint, "content", params),
+        )
+        return Ask(request, [RawReply(self.tokenizer, params.stop) for _ in range(params.n)])
+
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """A raw prompt's ids; control tokens are only read from it when the caller asks."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer; give the prompt as token ids.")
+        ids = self.tokenizer.encode_raw(text, special_tokens)
+        return ids if ids[:1] == [self.tokenizer.bos] else [self.tokenizer.bos, *ids]
+
+    def _settle(self, params: SamplingParams | None, prompt: int) -> SamplingParams:
+        """Fill in what the caller left to the checkpoint, and to the room there is."""
+        defaults = self.generation
+        if params is None:
+            params = SamplingParams(min_p=defaults.min_p, repetition_penalty=defaults.repetition_penalty)
+        room = self.engine.room(prompt)
+        if params.max_tokens is None and room < 1:
+            raise ContextError(
+                f"The prompt has {prompt} tokens, but at most {prompt + room - 1} fit, for a reply must follow; "
+                "shorten it.",
+                "prompt",
+            )
+        return replace(
+            params,
+            temperature=defaults.temperature if params.temperature is None else params.temperature,
+            top_p=defaults.top_p if params.top_p is None else params.top_p,
+            top_k=defaults.top_k if params.top_k is None else params.top_k,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+        )
+
+    def _text_tools(self) -> tuple[Tokenizer, Senses]:
+        assert self.tokenizer is not None and self.senses is not None
+        return self.tokenizer, self.senses
+
+    def _next_id(self, kind: str) -> str:
+        return f"{kind}-{next(self._numbers)}"
+
+
+def _maker(
+    constraint: ConstraintMaker | None, state: ParserState, params: SamplingParams
+) -> Callable[[], Constraint] | None:
+    if constraint is None:
+        return None
+    room = params.max_tokens or 1
+    return lambda: constraint(state, room)

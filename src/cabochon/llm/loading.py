@@ -1,0 +1,91 @@
+"""From a model's name to a network with its tokenizer, template and sampling defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..chat.jinja import template_for
+from ..chat.template import ChatTemplate
+from ..chat.tokenizer import Tokenizer
+from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
+from ..errors import InputError
+from ..hub import BUNDLED, locate
+from ..model.gemma4 import Gemma4
+from ..weights.load import Progress, Source, fill
+from ..weights.random import is_random, open_random
+from ..weights.safetensors import SafetensorsSource
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checkpoint in memory. A folder without a tokenizer still serves token ids."""
+
+    name: str
+    model: Gemma4
+    tokenizer: Tokenizer | None = None
+    template: ChatTemplate | None = None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def load(
+    model: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+) -> Loaded:
+    """The checkpoint `model`: a folder, a cached repository or short name, `random:...`; None for the bundled one."""
+    there, kind = pick_device(device), pick_dtype(dtype)
+    source: Source
+    if isinstance(model, str) and is_random(model):
+        config, source = open_random(model)
+        folder, words, generation = None, BUNDLED, GenerationConfig()
+        name = model
+    else:
+        folder = words = locate(model)
+        config, source = read_config(folder), SafetensorsSource(folder)
+        generation, name = read_generation_config(folder), folder.name
+    if config.drafter is not None:
+        raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
+    network = build(config, source, there, kind or DTYPES[config.dtype], progress)
+    tokenizer = Tokenizer.from_file(words) if (words / "tokenizer.json").is_file() else None
+    small = config.text.hidden_size_per_layer_input > 0
+    template = template_for(folder, tokenizer, "small" if small else "large") if tokenizer else None
+    return Loaded(name, network, tokenizer, template, generation)
+
+
+def build(
+    config: ModelConfig, source: Source, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> Gemma4:
+    """The network of `config` with the weights of `source`."""
+    with torch.device("meta"):
+        network = Gemma4(config)
+    fill(network, source, config, dtype=dtype, device=device, progress=progress)
+    return network.eval()
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first accelerator that torch sees, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device is {device!r}, but must be auto, cpu, cuda, cuda:N or mps.") from None
+
+
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for `auto`: the type that the checkpoint was saved in."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, but must be auto or one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

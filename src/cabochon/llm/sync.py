@@ -1,0 +1,173 @@
+"""`LLM`: the engine in the caller's thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..chat.messages import Conversation, Event, Reply
+from ..engine.request import Completion, Request, SamplingParams, StepOutput
+from ..errors import EngineError, InputError
+from .front import Ask, ConstraintMaker, Front, Tools
+from .loading import Loaded, load
+from .replies import Chunk
+
+
+class LLM:
+    """A model to generate and chat with.
+
+    Args:
+        model: a folder, a GGUF file, a repository in the Hugging Face cache, a short name like `E2B`, or
+            `random:E2B?layers=4&seed=1` for calm random weights; None for the bundled demonstration model.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+        dtype: `auto` (as the checkpoint was saved), `bfloat16`, `float32`, ...
+        max_model_len: context in tokens, prompt and reply together; None: as much as the model has and fits.
+        engine_options: see `engine.options.EngineOptions`.
+
+    Several threads may use one `LLM`; their requests are batched.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        max_model_len: int | None = None,
+        **engine_options: Any,
+    ) -> None:
+        self._start(Front(load(model, device, dtype), max_model_len=max_model_len, **engine_options))
+
+    @classmethod
+    def of(cls, loaded: Loaded, *, max_model_len: int | None = None, **engine_options: Any) -> LLM:
+        """An `LLM` around a network that is in memory already, for example one that is being trained."""
+        self = cls.__new__(cls)
+        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
+        return self
+
+    def _start(self, front: Front) -> None:
+        self.front = front
+        self._lock = threading.Lock()
+        self._mail: dict[str, deque[StepOutput]] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.front.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.front.max_model_len
+
+    # Verbs ------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | None = None,
+        *,
+        special_tokens: bool = False,
+        constraint: ConstraintMaker | None = None,
+    ) -> list[Completion]:
+        """Continue raw prompts, all in one batch; with `params.n` > 1 each has n completions, next to each other.
+
+        Text gets BOS unless it has one; control tokens in text count only with `special_tokens`. Raises `RequestError`
+        before anything runs if one of the prompts can't be served, `EngineError` if one fails.
+        """
+        if isinstance(prompts, str):
+            raise InputError("prompts is a string, but must be a list; write [prompt] for a single one.")
+        front = self.front
+        asks = [front.raw(p, params, special_tokens=special_tokens, constraint=constraint) for p in prompts]
+        for _ in self._serve(asks):
+            pass
+        return [reply.completion() for ask in asks for reply in ask.replies]  # type: ignore[union-attr]
+
+    def chat(
+        self,
+        messages: Conversation,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        params: SamplingParams | None = None,
+        constraint: ConstraintMaker | None = None,
+    ) -> Reply:
+        """The reply to a conversation. `thinking` None: what the system prompt says, else off."""
+        return Reply.of(self.stream(messages, tools=tools, thinking=thinking, params=params, constraint=constraint))
+
+    def stream(
+        self,
+        messages: Conversation,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        params: SamplingParams | None = None,
+        constraint: ConstraintMaker | None = None,
+    ) -> Iterator[Event]:
+        """The reply's events as they come, `Finish` last. Closing the iterator ends the reply."""
+        if params is not None and params.n != 1:
+            raise InputError(f"n is {params.n}, but a chat with events has one reply; call it {params.n} times.")
+        ask = self.front.chat(messages, tools=tools, thinking=thinking, params=params, constraint=constraint)
+        return (event for chunk in self._serve([ask]) for event in chunk.events)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The logits after each of `token_ids`: float32 [T, V], through the engine's own paged path."""
+        rows: list[torch.Tensor] = []
+        params = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1)
+        ask = self.front.raw(token_ids, params)
+        request = ask.request
+        sunk = Request(
+            request.id, request.token_ids, params, keep_end=False, sink=lambda _, part: rows.append(part.clone())
+        )
+        for _ in self._serve([Ask(sunk, ask.replies)]):
+            pass
+        return torch.cat(rows).float().cpu()
+
+    # Work -------------------------------------------------------------------------------------------------------------
+
+    def _serve(self, asks: list[Ask]) -> Iterator[Chunk]:
+        """Run requests to their ends; whatever is not over when the caller turns away is aborted."""
+        engine = self.front.engine
+        for ask in asks:
+            engine.validate(ask.request)
+        with self._lock:
+            for ask in asks:
+                self._mail[ask.request.id] = deque()
+                engine.add(ask.request)
+        try:
+            while not all(ask.over for ask in asks):
+                for ask in asks:
+                    box = self._mail[ask.request.id]
+                    while box:
+                        yield from self._read(ask, box.popleft())
+                if not all(ask.over for ask in asks):
+                    self._step([ask.request.id for ask in asks])
+        finally:
+            with self._lock:
+                for ask in asks:
+                    engine.abort(ask.request.id)
+                    del self._mail[ask.request.id]
+
+    def _read(self, ask: Ask, output: StepOutput) -> Iterator[Chunk]:
+        reply = ask.replies[output.index]
+        if reply.over:
+            return
+        if output.finish_reason == "error":
+            raise EngineError(output.error or "The request failed.")
+        chunk = reply.push(output)
+        if chunk.finish_reason is not None and output.finish_reason is None:
+            with self._lock:  # a stop string: the engine does not know yet
+                self.front.engine.abort(output.request_id, output.index)
+        yield chunk
+
+    def _step(self, mine: list[str]) -> None:
+        """One step for everybody, unless another thread's has just brought something for us."""
+        with self._lock:
+            if any(self._mail[name] for name in mine):
+                return
+            for output in self.front.engine.step():
+                if output.request_id in self._mail:
+                    self._mail[output.request_id].append(output)
