@@ -1,8 +1,8 @@
-"""Chat templates that a checkpoint brings along: known ones are rendered natively, unknown ones through sandboxed Jinja.
+"""Chat templates that a checkpoint brings along: known ones are rendered natively, others through sandboxed Jinja.
 
 Jinja writes one string, in which a control token typed by a user could not be told from one that the template wrote. So
-before rendering, every spelling of a control token in the conversation is replaced by a stand-in of private characters,
-and put back, as text, when the rendered string is tokenised.
+before rendering, the characters that control tokens are made of are replaced in the conversation by stand-ins, one by
+one (a token may be spelt by two strings that the template joins), and put back when the rendered string is tokenised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import CheckpointError, RequestError
 from .callsyntax import Writer
 from .messages import Conversation, Media, Message, ParserState, Prompt, Tool, read_messages, read_tools
 from .template import ChatTemplate, Family, Template
-from .tokenizer import MEDIA_CONTROL, Tokenizer
+from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ OUTDATED: dict[str, Family] = {
 }
 """Published earlier and replaced since, because tool loops went wrong with them."""
 
-_STAND_IN = "\ufdd0{}\ufdd1"
-_STAND_INS = re.compile("\ufdd0(\\d+)\ufdd1")
+_HIDE = str.maketrans("<|>", "\ufdd0\ufdd1\ufdd2", "\ufdd0\ufdd1\ufdd2")
+_SHOW = str.maketrans("\ufdd0\ufdd1\ufdd2", "<|>")
+"""The stand-ins are no characters at all in Unicode, so nobody misses them where they came in by themselves."""
 
 
 def template_for(
@@ -95,7 +96,7 @@ def _read(path: Path) -> str:
 
 
 class JinjaTemplate:
-    """A chat template in Jinja, given what `transformers` would give it: messages, tools, enable_thinking, bos_token."""
+    """A chat template in Jinja, given the names that `transformers` gives it."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
         self.tokenizer = tokenizer
@@ -107,6 +108,9 @@ class JinjaTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise CheckpointError(f"{name} isn't a Jinja template ({error}).") from None
+        self._ids = {spelling: i for i, spelling in tokenizer.control.items()}
+        self._spelling = re.compile("|".join(re.escape(s) for s in sorted(self._ids, key=len, reverse=True)))
+        self._media = {tokenizer.image, tokenizer.audio, tokenizer.video}
 
     def render(
         self,
@@ -119,11 +123,10 @@ class JinjaTemplate:
     ) -> Prompt:
         """See `ChatTemplate.render`. What the template itself refuses is a `RequestError` too."""
         read = read_messages(messages)
-        disguise = _Disguise(self.tokenizer)
         try:
             text = self._template.render(
-                messages=[disguise.hide(_as_template_dict(message)) for message in read],
-                tools=[disguise.hide(_as_declaration(tool)) for tool in read_tools(tools)] or None,
+                messages=[_hidden(_as_template_dict(message)) for message in read],
+                tools=[_hidden(_as_declaration(tool)) for tool in read_tools(tools)] or None,
                 enable_thinking=bool(thinking),
                 preserve_thinking=preserve_thinking,
                 add_generation_prompt=add_generation_prompt,
@@ -133,9 +136,23 @@ class JinjaTemplate:
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise RequestError(f"{self.name} can't render this conversation ({error}).") from None
         out = Writer(self.tokenizer)
-        disguise.write(text, out, [part for message in read for part in message.content if isinstance(part, Media)])
+        self._write(text, out, [part for message in read for part in message.content if isinstance(part, Media)])
         boundary = out.mark()
         return Prompt(tuple(out.ids), self._state(out.ids), (boundary,), tuple(out.slots))
+
+    def _write(self, text: str, out: Writer, media: list[Media]) -> None:
+        """Control tokens that the template wrote become tokens; those of the conversation become text again."""
+        waiting, start = list(media), 0
+        for found in self._spelling.finditer(text):
+            out.text(text[start : found.start()].translate(_SHOW))
+            token_id, start = self._ids[found[0]], found.end()
+            if token_id in self._media and waiting:
+                out.media(waiting.pop(0))
+            else:
+                out.control(token_id)
+        out.text(text[start:].translate(_SHOW))
+        if waiting:
+            raise RequestError(f"The chat template leaves out {len(waiting)} of the {len(media)} media parts.")
 
     def _state(self, ids: list[int]) -> ParserState:
         """Read off the prompt's end."""
@@ -147,43 +164,15 @@ class JinjaTemplate:
         return "content" if ids and ids[-1] in closed else "start"
 
 
-class _Disguise:
-    """Hides the spellings of control tokens in a conversation from a template, and writes what it rendered."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._spellings = sorted(tokenizer.control.values(), key=len, reverse=True)
-        self._places = {spelling: _STAND_IN.format(i) for i, spelling in enumerate(self._spellings)}
-        self._pattern = re.compile("|".join(map(re.escape, self._spellings)))
-        self._ids = {spelling: i for i, spelling in tokenizer.control.items()}
-        self._media = {i for name in MEDIA_CONTROL if (i := getattr(tokenizer, name)) is not None}
-
-    def hide(self, value: Any) -> Any:
-        """The value with every string in it, keys too, disguised."""
-        if isinstance(value, str):
-            # The characters of a stand-in aren't characters at all in Unicode; nobody misses them.
-            return self._pattern.sub(lambda found: self._places[found[0]], _STAND_INS.sub("", value))
-        if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.hide(inner) for inner in value]
-        return value
-
-    def write(self, text: str, out: Writer, media: list[Media]) -> None:
-        """Control tokens that the template wrote become tokens; those of the conversation become text again."""
-        waiting, start = list(media), 0
-        for found in self._pattern.finditer(text):
-            out.text(self._shown(text[start : found.start()]))
-            token_id, start = self._ids[found[0]], found.end()
-            if token_id in self._media and waiting:
-                out.media(waiting.pop(0))
-            else:
-                out.control(token_id)
-        out.text(self._shown(text[start:]))
-        if waiting:
-            raise RequestError(f"The chat template leaves out {len(waiting)} of the {len(media)} media parts.")
-
-    def _shown(self, text: str) -> str:
-        return _STAND_INS.sub(lambda found: self._spellings[int(found[1])], text)
+def _hidden(value: Any) -> Any:
+    """The value with every string in it, keys too, disguised."""
+    if isinstance(value, str):
+        return value.translate(_HIDE)
+    if isinstance(value, Mapping):
+        return {_hidden(key): _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(inner) for inner in value]
+    return value
 
 
 def _as_template_dict(message: Message) -> dict[str, Any]:

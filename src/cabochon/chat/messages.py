@@ -89,14 +89,7 @@ class Message:
         if self.thinking is not None:
             out["reasoning"] = self.thinking
         if self.tool_calls:
-            out["tool_calls"] = [
-                {
-                    "id": c.id,
-                    "type": "function",
-                    "function": {"name": c.name, "arguments": json.dumps(dict(c.arguments))},
-                }
-                for c in self.tool_calls
-            ]
+            out["tool_calls"] = [_call_as_dict(call) for call in self.tool_calls]
         if self.tool_responses and self.role != "tool":
             out["tool_responses"] = [{"name": name, "response": response} for name, response in self.tool_responses]
         if self.tool_call_id is not None:
@@ -466,6 +459,11 @@ def _kind(value: Any) -> str:
         ((list, tuple), "list"),
     ]
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def _call_as_dict(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)}
+    return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
 
 
 def _part_as_dict(part: Part) -> dict[str, Any]:
