@@ -1,13 +1,20 @@
 """One function per op; the arguments and results are documented once, in `ops.reference`.
 
-Each call goes to the fastest implementation at hand for the tensor's device: `ops.cpu` (C++), `ops.triton_*` (CUDA and
-ROCm), else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
+Each call goes to the fastest implementation at hand for the tensor's device: `ops.gpu` (Triton, for CUDA and ROCm),
+else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
 """
 
 from __future__ import annotations
 
-from . import reference
-from .reference import Weight, attend, attend_all, embed, experts, gated_mlp, head, linear, rms_norm, rope, route, store
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
+
+from . import gpu, reference
+from .reference import Weight, attend_all, route
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
@@ -29,3 +36,34 @@ __all__ = [
     "route",
     "store",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _twin(x: Tensor) -> ModuleType:
+    """The module whose functions take `x`."""
+    return gpu if gpu.ready(x) else reference
+
+
+def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
+    """`op` of the module that takes its `argument`."""
+    name = op.__name__
+
+    @wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = getattr(_twin(args[argument]), name)(*args, **kwargs)  # type: ignore[arg-type]
+        return result
+
+    return call
+
+
+linear = _by(0, reference.linear)
+embed = _by(0, reference.embed)
+rms_norm = _by(0, reference.rms_norm)
+rope = _by(0, reference.rope)
+gated_mlp = _by(0, reference.gated_mlp)
+experts = _by(0, reference.experts)
+store = _by(1, reference.store)
+attend = _by(0, reference.attend)
+head = _by(0, reference.head)

@@ -1,21 +1,17 @@
 """Matrices times few rows, and experts times any, in Triton: weights in 16 bits, int8 or int4 are read once, as stored.
 
 Unusual here: one row of x is padded to the sixteen that a tensor core multiplies anyway, so decode, verification and
-grouped experts share one inner product, and a row's sums do not depend on how many rows stand beside it. Above
-`MOST_ROWS` the vendor's matmul is better, over weights that are widened for the call.
+grouped experts share one inner product, and a row's sums do not depend on how many rows stand beside it.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant import QuantTensor, dequantize
+from ..quant import QuantTensor
 from .triton_tiles import MatmulTile, generation, matmul_tile
-
-MOST_ROWS = 64
 
 Weight = Tensor | QuantTensor
 FORMATS = {"int8": 1, "int4": 2}
@@ -83,8 +79,8 @@ def _linear(
     BO: tl.constexpr,
     BI: tl.constexpr,
 ):
-    r = (tl.program_id(1) * BR + tl.arange(0, BR)).to(tl.int64)
-    o = (tl.program_id(0) * BO + tl.arange(0, BO)).to(tl.int64)
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    o = (tl.program_id(1) * BO + tl.arange(0, BO)).to(tl.int64)
     y = _dot(x_ptr, r, r < rows, w_ptr, scale_ptr, o, o < O, I, FORMAT, BI)
     tl.store(
         y_ptr + r[:, None] * O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=(r < rows)[:, None] & (o < O)[None, :]
@@ -108,8 +104,8 @@ def _gated(
     BI: tl.constexpr,
 ):
     """gelu_tanh(x @ gate.T) * (x @ up.T); both are rounded to x's type first, as two separate matmuls would."""
-    r = (tl.program_id(1) * BR + tl.arange(0, BR)).to(tl.int64)
-    o = (tl.program_id(0) * BO + tl.arange(0, BO)).to(tl.int64)
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    o = (tl.program_id(1) * BO + tl.arange(0, BO)).to(tl.int64)
     kind = y_ptr.dtype.element_ty
     gate = _dot(x_ptr, r, r < rows, gate_ptr, gate_scale_ptr, o, o < O, I, FORMAT, BI).to(kind).to(tl.float32)
     up = _dot(x_ptr, r, r < rows, up_ptr, up_scale_ptr, o, o < O, I, FORMAT, BI).to(kind).to(tl.float32)
@@ -127,35 +123,33 @@ def parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`reference.linear` for a weight [O, I]; x [.., I] float32, bfloat16 or float16."""
-    flat = x.flatten(0, -2)
-    if flat.shape[0] > MOST_ROWS:
-        return F.linear(x, dequantize(weight, x.dtype) if isinstance(weight, QuantTensor) else weight)
+    flat = x.flatten(0, -2).contiguous()
     outputs, inputs = weight.shape
     y = x.new_empty(flat.shape[0], outputs)
-    tile = matmul_tile(generation(x.device), flat.shape[0])
+    tile = matmul_tile(generation(x.device))
     codes, scales, format = parts(weight)
     if y.numel():
-        _linear[(triton.cdiv(outputs, tile.outputs), triton.cdiv(flat.shape[0], tile.rows))](
-            flat.contiguous(), codes, scales, y, flat.shape[0],
+        _linear[(triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(outputs, tile.outputs))](
+            flat, codes, scales, y, flat.shape[0],
             I=inputs, O=outputs, FORMAT=format, **sizes(tile),
         )  # fmt: skip
     return y.unflatten(0, x.shape[:-1])
 
 
-def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    """`reference.gated_mlp` for x [T, D] of at most `MOST_ROWS` rows; gate and up are of one format."""
-    inner, width = gate.shape
-    y = x.new_empty(x.shape[0], inner)
-    tile = matmul_tile(generation(x.device), x.shape[0])
+def gated(x: Tensor, gate: Weight, up: Weight) -> Tensor:
+    """`gelu_tanh(x @ gate.T) * (x @ up.T)`: [T, D] -> [T, F]; gate and up [F, D] are of one format."""
+    outputs, inputs = gate.shape
+    y = x.new_empty(x.shape[0], outputs)
+    tile = matmul_tile(generation(x.device))
     codes, scales, format = parts(gate)
     up_codes, up_scales, up_format = parts(up)
     assert format == up_format, "gate and up have one format"
     if y.numel():
-        _gated[(triton.cdiv(inner, tile.outputs), triton.cdiv(x.shape[0], tile.rows))](
+        _gated[(triton.cdiv(x.shape[0], tile.rows), triton.cdiv(outputs, tile.outputs))](
             x.contiguous(), codes, scales, up_codes, up_scales, y, x.shape[0],
-            I=width, O=inner, FORMAT=format, **sizes(tile),
+            I=inputs, O=outputs, FORMAT=format, **sizes(tile),
         )  # fmt: skip
-    return linear(y, down)
+    return y
 
 
 def sizes(tile: MatmulTile) -> dict[str, int]:

@@ -76,14 +76,14 @@ def attend_tile(arch: int, head: int, decode: bool) -> AttendTile:
 
 
 _FEW = {
-    # generation -> tile for at most 16 rows, where the weight's bytes are the work
+    # generation -> tile for few rows, where the weight's bytes are the work
     75: MatmulTile(rows=16, outputs=32, inputs=128, warps=4, stages=2),
     80: MatmulTile(rows=16, outputs=32, inputs=256, warps=4, stages=3),
     86: MatmulTile(rows=16, outputs=32, inputs=128, warps=4, stages=3),
     90: MatmulTile(rows=16, outputs=32, inputs=256, warps=4, stages=4),
 }
 _MANY = {
-    # generation -> tile for more rows
+    # generation -> tile for many rows
     75: MatmulTile(rows=64, outputs=64, inputs=32, warps=4, stages=2),
     80: MatmulTile(rows=64, outputs=64, inputs=64, warps=4, stages=3),
     86: MatmulTile(rows=64, outputs=64, inputs=32, warps=4, stages=3),
@@ -91,10 +91,11 @@ _MANY = {
 }
 
 
-def matmul_tile(arch: int, rows: int) -> MatmulTile:
-    return (_FEW if rows <= 16 else _MANY)[arch]
+def matmul_tile(arch: int) -> MatmulTile:
+    """One shape for every number of rows, so that a row's sums never change."""
+    return _FEW[arch]
 
 
 def experts_tile(arch: int, pairs: int, experts: int) -> MatmulTile:
     """Blocks of many rows once an expert has that many pairs on average."""
-    return matmul_tile(arch, pairs // experts)
+    return (_FEW if pairs <= 16 * experts else _MANY)[arch]

@@ -1,0 +1,127 @@
+"""The ops through the Triton kernels of `triton_*`, for CUDA and ROCm; what they don't take goes to `reference`.
+
+Nothing here waits for the device or reads a value from it, so that a whole step can be recorded in a graph. Plain
+matrices go to the vendor's matmul, whose sums differ between one row and many; `use_invariant(True)` (or the
+environment's CABOCHON_INVARIANT=1) sends them through our kernel instead, one tile shape for all: a row's result is
+then the same bits whatever stands beside it, at the price that docs/gpu.md states.
+
+Triton is imported with the first tensor on a GPU; installing and importing the package needs neither.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..quant import QuantTensor
+from . import reference
+from .reference import Weight
+from .views import Pages, Past, Rows
+
+FEW = 64
+"""Rows up to which quantised weights are multiplied as they are; for more they are widened for the call."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_invariant = os.environ.get("CABOCHON_INVARIANT") == "1"
+
+
+def use_invariant(on: bool) -> None:
+    """Do a row's sums stay the same whatever the batch is?"""
+    global _invariant
+    _invariant = on
+
+
+def ready(x: Tensor) -> bool:
+    """Are there kernels for `x` (numbers in a type they know, or ids)? Where gradients are recorded there are none."""
+    known = x.dtype in _DTYPES or not x.is_floating_point()
+    return x.is_cuda and known and not torch.is_grad_enabled() and bool(kernels())
+
+
+@cache
+def kernels() -> tuple[ModuleType, ...]:
+    """(attention, experts, matmul, rows), or nothing where Triton is not installed."""
+    try:
+        from . import triton_attention, triton_experts, triton_matmul, triton_rows
+    except ModuleNotFoundError:
+        return ()
+    return triton_attention, triton_experts, triton_matmul, triton_rows
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    if not _ours(x, weight):
+        return reference.linear(x, weight)
+    y: Tensor = kernels()[2].linear(x, weight)
+    return y
+
+
+def _ours(x: Tensor, weight: Weight) -> bool:
+    """Is our matmul the better one? It reads quantised weights as they are, but is made for few rows."""
+    return _invariant or (isinstance(weight, QuantTensor) and x.numel() <= FEW * x.shape[-1])
+
+
+def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    if not _ours(x, gate) or _kind(gate) != _kind(up):
+        return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+    return linear(kernels()[2].gated(x, gate, up), down)
+
+
+def _kind(weight: Weight) -> str:
+    return weight.format if isinstance(weight, QuantTensor) else str(weight.dtype)
+
+
+def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
+    logits = linear(x, weight).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+    """As `reference.embed`; a plain table may lie in pinned host memory."""
+    if isinstance(table, QuantTensor) or table.dtype not in _DTYPES:
+        return reference.embed(ids, table, scale)
+    if not table.is_cuda and not table.is_pinned():
+        raise InputError("the embedding table lies in host memory that the GPU can't read; pin it or move it there")
+    y: Tensor = kernels()[3].embed(ids, table, scale)
+    return y
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    y: Tensor = kernels()[1].experts(x, chosen, weights, gate_up, down)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y: Tensor = kernels()[3].rms_norm(x, weight, eps)
+    return y
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y: Tensor = kernels()[3].rope(x, cos, sin)
+    return y
+
+
+def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
+    kernels()[3].store(pages, rows, slots)
+
+
+def attend(
+    q: Tensor,
+    step: Tensor,
+    pages: Pages | None,
+    rows: Rows,
+    start: Tensor,
+    context: Tensor,
+    past: Past | None,
+    *,
+    key_offset: int,
+    value_offset: int,
+    window: int | None,
+) -> Tensor:
+    y: Tensor = kernels()[0].attend(
+        q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
+    )
+    return y
