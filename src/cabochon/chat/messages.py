@@ -186,6 +186,8 @@ class Finish:
 
     reason: FinishReason
     usage: Usage = Usage()
+    stop: str | None = None
+    """The stop string that ended it, where one did."""
 
 
 Event = ThinkingDelta | TextDelta | ToolCallDelta | Warned | Finish
