@@ -25,8 +25,8 @@ from ..errors import MediaError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-ALSO_FORBIDDEN = {ipaddress.ip_address("168.63.129.16")}
-"""Public by number, but a cloud's own metadata service (Azure)."""
+ALSO_FORBIDDEN = (ipaddress.ip_network("168.63.129.16/32"), ipaddress.ip_network("192.0.0.0/24"))
+"""Public to Python's tables, but metadata services of clouds (Azure, Oracle)."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 REDIRECTS = 5
 CHUNK = 1 << 16
@@ -144,14 +144,18 @@ def _download(url: str, policy: Policy) -> bytes:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
-                raise MediaError(
-                    f"{parts.hostname} did not deliver within {policy.seconds:g} seconds; send the data itself."
-                ) from error
+                raise _late(parts.hostname, policy) from error
             raise MediaError(f"The URL at {parts.hostname} could not be fetched.") from error
+        if time.monotonic() >= deadline:
+            raise _late(parts.hostname, policy)
         if data is not None:
             return _within(data, policy)
         url = urljoin(url, onward)
     raise MediaError(f"The URL redirects more than {REDIRECTS} times.")
+
+
+def _late(host: str | None, policy: Policy) -> MediaError:
+    return MediaError(f"{host} did not deliver within {policy.seconds:g} seconds; send the data itself.")
 
 
 def _checked(url: str) -> SplitResult:
@@ -177,7 +181,7 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None and not is_public(inner):
             return False
-    return address.is_global and not address.is_multicast and address not in ALSO_FORBIDDEN
+    return address.is_global and not address.is_multicast and not any(address in network for network in ALSO_FORBIDDEN)
 
 
 def _addresses(host: str, port: int, policy: Policy) -> list[str]:
@@ -250,7 +254,7 @@ def _answer(response: http.client.HTTPResponse, host: str, policy: Policy, deadl
         if len(body) > policy.max_bytes:
             raise MediaError(f"The file at {host} is larger than the {policy.max_bytes:,} bytes allowed.")
         if time.monotonic() > deadline:
-            raise MediaError(f"{host} did not deliver within {policy.seconds:g} seconds; send the data itself.")
-    if response.length:
+            raise _late(host, policy)
+    if response.length and time.monotonic() < deadline:
         raise MediaError(f"The file at {host} ended {response.length:,} bytes too early.")
     return bytes(body), ""
