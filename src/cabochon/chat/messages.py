@@ -82,7 +82,9 @@ class Message:
         out: dict[str, Any] = {"role": self.role}
         if self.role == "tool" and self.tool_responses:
             out["content"] = self.tool_responses[0][1]
-        elif all(isinstance(part, Text) for part in self.content) and len(self.content) <= 1:
+        elif not self.content:
+            out["content"] = None if self.role == "assistant" else []
+        elif len(self.content) == 1 and isinstance(self.content[0], Text):
             out["content"] = self.text
         else:
             out["content"] = [_part_as_dict(part) for part in self.content]
@@ -422,8 +424,19 @@ def _tool(raw: Mapping[str, Any], where: str) -> Tool:
     for key, schema in schemas.items():
         if schema is not None and not isinstance(schema, Mapping):
             raise RequestError(f"{where}.{key} is a {_kind(schema)}, but must be a JSON schema.", f"{where}.{key}")
+    if schemas["parameters"]:
+        _check_parameters(schemas["parameters"], f"{where}.parameters")
     description = _optional_text(raw, "description", where) or ""
     return Tool(name, description, schemas["parameters"], schemas["response"], bool(raw.get("strict")))
+
+
+def _check_parameters(schema: Mapping[str, Any], where: str) -> None:
+    """What the renderer walks through must have the shape that JSON schema gives it."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if properties is not None:
+        _mapping(properties, f"{where}.properties")
+    if required is not None and not isinstance(required, list | tuple):
+        raise RequestError(f"{where}.required is a {_kind(required)}, but must be a list.", f"{where}.required")
 
 
 def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
