@@ -87,7 +87,7 @@ class Parser:
         """
         self._text(self._detokenizer.flush())
         if self._state == "call":
-            self._end_call(closed=False)
+            self._end_call(closed=False, cut=reason in ("length", "loop"))
         self._release()
         if reason == "stop" and self.calls:
             reason = "tool_calls"
@@ -197,10 +197,15 @@ class Parser:
         # At the start a bare heading is an empty thought whose opener is missing; in a thought the line end is ours.
         self._held, self._state = "", "content"
 
-    def _end_call(self, closed: bool) -> None:
-        """The call is over: by its closing marker, by another marker, or because the reply ended."""
+    def _end_call(self, closed: bool, cut: bool = False) -> None:
+        """The call is over: by its closing marker, by another marker, or because the reply ended.
+
+        A reply that was `cut` never ends in a call: what looks complete may have been meant to go on.
+        """
         segments, self._segments, self._state = self._segments, [], "content"
         try:
+            if cut:
+                raise MalformedCallError("the reply was cut off inside it")
             call, loose = read_call(segments)
         except MalformedCallError as error:
             self._warn(f"A tool call could not be read ({error}); it is shown as text.")

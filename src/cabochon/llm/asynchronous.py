@@ -86,9 +86,16 @@ class AsyncLLM:
         """What the engine holds at the moment."""
         return self.front.engine.gauges()
 
-    def render(self, messages: Conversation, *, tools: Tools | None = None, thinking: bool | None = None) -> Prompt:
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        preserve_thinking: bool = False,
+    ) -> Prompt:
         """A conversation as token ids."""
-        return self.front.render(messages, tools=tools, thinking=thinking)
+        return self.front.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
 
     # Verbs ------------------------------------------------------------------------------------------------------------
 
@@ -151,6 +158,7 @@ class AsyncLLM:
         *,
         tools: Tools | None = None,
         thinking: bool | None = None,
+        preserve_thinking: bool = False,
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
@@ -164,6 +172,7 @@ class AsyncLLM:
             messages,
             tools=tools,
             thinking=thinking,
+            preserve_thinking=preserve_thinking,
             params=params,
             constraint=constraint,
             priority=priority,

@@ -42,7 +42,14 @@ class Front:
     """One loaded checkpoint with its engine. What only builds requests is safe from any thread; the engine is not."""
 
     def __init__(
-        self, loaded: Loaded, *, max_model_len: int | None = None, policy: Policy | None = None, **engine_options: Any
+        self,
+        loaded: Loaded,
+        *,
+        max_model_len: int | None = None,
+        policy: Policy | None = None,
+        loop_guard: int = LOOP_GUARD,
+        media_options: Mapping[str, Any] | None = None,
+        **engine_options: Any,
     ) -> None:
         known = {field.name for field in fields(EngineOptions)}
         if strange := sorted(set(engine_options) - known):
@@ -59,6 +66,8 @@ class Front:
             suppress=loaded.generation.suppress,
         )
         self.max_model_len = self.engine.max_model_len
+        self.loop_guard = loop_guard
+        self.media_options = media_options
         self.senses = (
             Senses(loaded.config, loaded.tokenizer, policy or Policy.for_owner()) if loaded.tokenizer else None
         )
@@ -67,11 +76,18 @@ class Front:
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Conversation, *, tools: Tools | None = None, thinking: bool | None = None) -> Prompt:
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        preserve_thinking: bool = False,
+    ) -> Prompt:
         """A conversation as token ids; media parts are still single placeholders."""
         if self.template is None:
             raise InputError(f"{self.name} has no tokenizer, so it can't chat; it serves token ids only.")
-        return self.template.render(messages, tools=tools, thinking=thinking)
+        return self.template.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
 
     def chat(
         self,
@@ -79,17 +95,18 @@ class Front:
         *,
         tools: Tools | None = None,
         thinking: bool | None = None,
+        preserve_thinking: bool = False,
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
     ) -> Ask:
         """The request that answers a conversation. Fetching media may block."""
         tools = list(tools) if tools else None
-        prompt = self.render(messages, tools=tools, thinking=thinking)
+        prompt = self.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
         spans: tuple[SoftSpan, ...] = ()
         tokenizer, senses = self._text_tools()
         if prompt.media:
-            prompt, spans = senses.expand(prompt)
+            prompt, spans = senses.expand(prompt, self.media_options)
         ends = {tokenizer.turn_close, tokenizer.tool_response_open}
         params = self._settle(params, len(prompt.token_ids))
         request = Request(
@@ -103,7 +120,7 @@ class Front:
             keep_end=not thinking or bool(tools),
             priority=priority,
             constraint=_maker(constraint, prompt.state, params),
-            loop_guard=LOOP_GUARD,
+            loop_guard=self.loop_guard,
         )
         tokens = len(prompt.token_ids)
         return Ask(request, [ChatReply(tokenizer, prompt.state, params.stop, tokens) for _ in range(params.n)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..chat.messages import Event, FinishReason, ParserState, TextDelta
+from ..chat.messages import Event, Finish, FinishReason, ParserState, TextDelta
 from ..chat.parser import Parser
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import Completion, EngineFinish, StepOutput, TokenLogprob
@@ -143,11 +143,12 @@ class ChatReply:
 
     def _finish(self, reason: FinishReason, cached: int) -> list[Event]:
         *rest, finish = self._parser.finish(reason, prompt_tokens=self._prompt_tokens, cached_tokens=cached)
+        assert isinstance(finish, Finish)
         events = self._cut(rest)
         held = self._stops.flush()
         if held:
             events.append(TextDelta(held))
-        return [*events, finish]
+        return [*events, replace(finish, stop=self._stops.hit)]
 
     def _cut(self, events: list[Event]) -> list[Event]:
         """Answer text up to a stop string, and nothing after it."""
