@@ -221,7 +221,8 @@ def _get(parts: SplitResult, policy: Policy, deadline: float) -> tuple[bytes | N
         connection.sock = link
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"User-Agent": "cabochon", "Accept-Encoding": "identity"})
-        return _answer(connection.getresponse(), host, policy, deadline)
+        with connection.getresponse() as response:  # an unread answer would keep the socket open
+            return _answer(response, host, policy, deadline)
     finally:
         timer.cancel()
         connection.close()
