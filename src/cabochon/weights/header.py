@@ -50,6 +50,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path} can't be read ({error.strerror}); download the checkpoint again") from error
     except ValueError as error:
         raise CheckpointError(f"{path} has a damaged header ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header (no object); download it again")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
     end = max((entry.begin + entry.nbytes for entry in entries.values()), default=8 + length)
@@ -67,7 +69,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; download the checkpoint again")
     try:
         places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = sorted(set(places.values()))
+        shards = sorted({Path(shard).name for shard in places.values()})  # a name, never a way out of the folder
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error}); download it again") from error
     if missing := [shard for shard in shards if not (folder / shard).exists()]:

@@ -1,0 +1,228 @@
+"""Loading and saving: exact, lean, and one sentence for whatever is wrong."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from cabochon.config import read_config
+from cabochon.errors import CheckpointError, InputError, UnknownModelError
+from cabochon.model.gemma4 import Gemma4
+from cabochon.quant import QuantTensor, dequantize, quantize
+from cabochon.weights.header import read_folder
+from cabochon.weights.load import fill, fold, save
+from cabochon.weights.params import parameters
+from cabochon.weights.random import RandomSource, calm_tensor, open_random
+from cabochon.weights.safetensors import SafetensorsSource
+from cabochon.weights.safetensors import save as save_tensors
+from support.toys import save_toy, toy_config, toy_model
+
+
+def load(folder, dtype=torch.float32, **options):
+    config = read_config(folder)
+    model = empty(config)
+    fill(model, SafetensorsSource(folder), config, dtype=dtype, **options)
+    return model
+
+
+def empty(config):
+    with torch.device("meta"):
+        return Gemma4(config)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return save_toy(tmp_path / "toy", "E2B", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def sharded(toy):
+    config = read_config(toy)
+    save(toy.parent / "sharded", load(toy, torch.bfloat16), config, shard_bytes=100_000)
+    return toy.parent / "sharded"
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_single_and_sharded_files_hold_the_same(toy, sharded):
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    assert equal(load(toy, torch.bfloat16).state_dict(), load(sharded, torch.bfloat16).state_dict())
+
+
+def test_the_type_is_converted(toy):
+    loaded = load(toy, torch.float32).state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    assert equal(loaded, toy_model("E2B", dtype=torch.bfloat16).float().state_dict())
+
+
+def test_progress_ends_at_the_total(toy):
+    seen = []
+    load(toy, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == sum(entry.nbytes for entry in read_folder(toy).values())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_the_peak_is_the_model_and_one_tensor(monkeypatch, toy):
+    """No tensor is read before the one before it is in place and its stored form is gone."""
+    alive = []
+    read = SafetensorsSource.read
+
+    def counted(self, name):
+        assert all(storage() is None for storage in alive)
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(SafetensorsSource, "read", counted)
+    load(toy, torch.float32)
+    assert len(alive) == len(toy_model("E2B").state_dict())
+
+
+def test_weights_are_quantised_on_the_way_in(toy):
+    def convert(param, tensor):
+        return quantize(tensor, "int8") if param.quantize and "mlp" in param.name else tensor
+
+    model = load(toy, torch.bfloat16, convert=convert)
+    weight = model.language_model.layers[0].mlp.gate_proj.weight
+    assert isinstance(weight, QuantTensor)
+    exact = toy_model("E2B", dtype=torch.bfloat16).language_model.layers[0].mlp.gate_proj.weight
+    assert (dequantize(weight) - exact).abs().max() < exact.abs().max() / 100
+    with pytest.raises(InputError, match=r"mlp.gate_proj.weight is quantised"):
+        save(toy.parent / "no", model, read_config(toy))
+
+
+def test_leftovers_of_sharing_layers_and_a_stored_head_are_passed_over(toy):
+    tensors = load(toy, torch.bfloat16).state_dict()
+    stored = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    stored["model.language_model.layers.7.self_attn.k_proj.weight"] = torch.zeros(16, 64)
+    stored["lm_head.weight"] = torch.zeros(320, 64)
+    save_tensors(toy, stored.items())
+    assert equal(load(toy, torch.bfloat16).state_dict(), tensors)
+
+
+def test_a_text_only_network_takes_its_part_of_a_larger_file(tmp_path):
+    folder = save_toy(tmp_path, "31B", media=True)
+    config = toy_config("31B")
+    model = empty(config)
+    fill(model, SafetensorsSource(folder), read_config(folder), dtype=torch.float32)
+    assert equal(model.state_dict(), toy_model("31B").state_dict())
+
+
+def test_everything_that_does_not_fit_is_named_at_once(toy):
+    stored = {f"model.{name}": tensor for name, tensor in load(toy).state_dict().items()}
+    for i in (0, 1, 2, 5):
+        del stored[f"model.language_model.layers.{i}.mlp.up_proj.weight"]
+    stored["model.language_model.norm.weight"] = torch.zeros(7)
+    stored["model.language_model.layers.0.self_attn.sinks"] = torch.zeros(7)
+    save_tensors(toy, stored.items())
+    with pytest.raises(CheckpointError) as caught:
+        load(toy)
+    message = str(caught.value)
+    assert "4 missing: model.language_model.layers.{0-2,5}.mlp.up_proj.weight" in message
+    assert "1 unexpected: model.language_model.layers.0.self_attn.sinks" in message
+    assert "model.language_model.norm.weight is [7] instead of [64]" in message
+    assert "\n" not in message
+
+
+def test_folded_names():
+    assert fold(["a.0.b", "a.1.b", "a.3.b", "c", "d.4.e"]) == ["a.{0-1,3}.b", "c", "d.4.e"]
+
+
+def cut(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 20_000, 200_000])
+def test_truncated_files(toy, keep):
+    cut(toy, keep)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors (is cut off|has a damaged header).*download it again"
+    ):
+        load(toy)
+
+
+def header(content):
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{nonsense", "damaged header"),
+        (b"[1, 2]", "damaged header"),
+        (b"\xff\xfe", "damaged header"),
+        ({"a": 3}, "describes a wrongly"),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, "F32 .4. in 8 bytes"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 8]}}, "describes a wrongly"),
+        ({"a": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}, "is cut off"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "describes a wrongly"),
+    ],
+)
+def test_hostile_headers(toy, content, message):
+    (toy / "model.safetensors").write_bytes(header(content))
+    with pytest.raises(CheckpointError, match=message):
+        load(toy)
+
+
+def test_missing_files(toy, sharded):
+    victim = sorted(sharded.glob("model-*"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {victim.name}, which model.safetensors.index.json lists"):
+        load(sharded)
+    (sharded / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load(sharded)
+    shutil.rmtree(sharded)
+    (toy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
+        load(toy)
+
+
+def test_random_weights_depend_on_seed_and_name_only():
+    config, source = open_random("random:E2B?layers=5&media=no&seed=3")
+    again = RandomSource(config, seed=3)
+    name = "model.language_model.layers.4.self_attn.q_proj.weight"
+    assert torch.equal(source.read(name), again.read(name))
+    assert not torch.equal(source.read(name), RandomSource(config, seed=4).read(name))
+    assert source.read(name).shape == (4096, 1536) and source.read(name).dtype == torch.bfloat16
+    assert set(source.shapes()) == {param.hf for param in parameters(config)}
+
+
+def test_random_weights_are_calm():
+    weight = calm_tensor("x.mlp.up_proj.weight", (1000, 300))
+    assert weight.mean().abs() < 1e-3 and weight.std() == pytest.approx(300**-0.5, rel=0.01)
+    assert torch.equal(weight.bfloat16(), calm_tensor("x.mlp.up_proj.weight", (1000, 300), dtype=torch.bfloat16))
+    assert calm_tensor("a.q_norm.weight", (256,)).mean() == pytest.approx(0.25, rel=0.05)
+    assert calm_tensor("a.post_attention_layernorm.weight", (512,)).mean() == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "sharing"),
+    [("random:26B-A4B?layers=6", 6, 0), ("random:E2B?layers=10", 10, 5), ("random:E4B?layers=12&seed=1", 12, 6)],
+)
+def test_random_models_keep_whole_patterns(name, layers, sharing):
+    config, _ = open_random(name)
+    assert len(config.text.layers) == layers and config.text.layers[-1].kind == "global"
+    assert sum(not spec.owns_kv for spec in config.text.layers) == sharing
+    assert config.text.hidden_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("random:E9B", UnknownModelError, "no model 'E9B'; did you mean"),
+        ("random:E2B?layers=11", InputError, "take one of 5, 10, 15, 20, 25, 30, 35"),
+        ("random:E2B?seed=x", InputError, "seed=x; it must be a whole number"),
+        ("random:E2B?color=red", InputError, "unknown option color; known are layers=N"),
+        ("random:E2B?media=yes", InputError, "the only choice is media=no"),
+    ],
+)
+def test_wrong_random_names(name, error, message):
+    with pytest.raises(error, match=message):
+        open_random(name)
