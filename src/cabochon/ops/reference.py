@@ -113,6 +113,9 @@ def attend(
     slices of width H at `key_offset` and `value_offset` of its row.
     """
     head = q.shape[-1]
+    if past is None and rows.index is None and rows.see_until is rows.position:
+        key, value = step[..., key_offset : key_offset + head], step[..., value_offset : value_offset + head]
+        return _attend_together(q, key, value, rows, window)
     out = []
     bounds, first_rows, begin = start.tolist(), rows.start.tolist(), context.tolist()
     for r in range(len(begin)):
@@ -127,6 +130,33 @@ def attend(
         key, value = kv[..., key_offset : key_offset + head], kv[..., value_offset : value_offset + head]
         out.append(_attend_one(q[mine], key, value, rows.position[mine], reach, origin, window))
     return torch.cat(out) if out else torch.empty_like(q)
+
+
+def _attend_together(q: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int | None) -> Tensor:
+    """Whole sequences without two-way spans, as in training: padded to the longest and attended in one call."""
+    requests, longest, heads = rows.start.shape[0] - 1, rows.longest, q.shape[1]
+    place = None
+    if q.shape[0] != requests * longest:
+        request = torch.arange(requests, device=q.device).repeat_interleave(rows.start.diff(), output_size=q.shape[0])
+        place = request * longest + rows.position
+
+    def spread(x: Tensor) -> Tensor:
+        if place is not None:
+            x = x.new_zeros(requests * longest, *x.shape[1:]).index_copy(0, place, x)
+        x = x.unflatten(0, (requests, longest)).transpose(1, 2)  # [R, N or K, longest, H]
+        # Repeated heads: with enable_gqa the CPU has no fused backward.
+        return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+
+    # Padding comes last, so no row sees it.
+    seen = None
+    if window is not None and window < longest:
+        at = torch.arange(longest, device=q.device)
+        seen = (at <= at[:, None]) & (at > at[:, None] - window)
+    out = F.scaled_dot_product_attention(
+        spread(q), spread(key), spread(value), attn_mask=seen, is_causal=seen is None, scale=1.0
+    )
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if place is None else out[place]
 
 
 def _read_past(pages: Pages, past: Past, r: int, until: int, dtype: torch.dtype) -> Tensor:
