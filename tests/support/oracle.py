@@ -12,11 +12,11 @@ from support.toys import calm_, toy_json, with_dtype
 
 
 @cache
-def oracle(size: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """`transformers`' network of a toy, with the weights of `toys.toy_model(size, seed=seed)`."""
+def oracle(size: str, dtype: torch.dtype = torch.float64, seed: int = 0, media: bool = False) -> nn.Module:
+    """`transformers`' network of a toy, with the weights of `toys.toy_model(size, seed=seed, media=media)`."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    raw = with_dtype(toy_json(size), dtype)
+    raw = with_dtype(toy_json(size, media=media), dtype)
     config = AutoConfig.for_model(**raw)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the grouped matmul knows no float64

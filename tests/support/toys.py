@@ -135,9 +135,16 @@ def calm_(module: nn.Module, seed: int = 0) -> nn.Module:
     """
     with torch.no_grad():
         for name, tensor in _stored(module):
-            plain = name.removeprefix("model.")
+            plain = _file_name(name.removeprefix("model."))
             tensor.copy_(calm_tensor(plain, tuple(tensor.shape), seed=seed).to(tensor.dtype))
     return module
+
+
+def _file_name(name: str) -> str:
+    """`transformers` keeps the 12B's picture layers under other names than the file does; ours are the file's."""
+    if name.startswith(("embed_vision.patch_", "embed_vision.pos_")):
+        return name.replace("embed_vision", "vision_embedder", 1)
+    return name.replace("embed_vision.multimodal_embedder.", "embed_vision.", 1)
 
 
 def toy_model(size: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **text: Any) -> Gemma4:
