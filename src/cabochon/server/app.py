@@ -1,0 +1,112 @@
+"""The application: every route, the guard before them, errors in each protocol's words."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from .. import __version__
+from ..errors import CabochonError, RequestError
+from ..llm import AsyncLLM
+from .answers import Json, failure
+from .faults import wire_fault
+from .guard import UNANSWERED, Guard, Traffic
+from .metrics import CONTENT_TYPE, render
+from .options import ServerOptions
+from .routes_anthropic import anthropic_routes
+from .routes_openai import openai_routes
+from .routes_responses import responses_routes
+from .service import Service
+from .sse import ClientGoneError
+
+log = logging.getLogger("cabochon.server")
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(llm: AsyncLLM, options: ServerOptions, traffic: Traffic | None = None) -> FastAPI:
+    """The server around one engine. `traffic.draining` closes it to new requests."""
+    traffic = traffic or Traffic()
+    service = Service(llm, options)
+    app = FastAPI(title="Cabochon", version=__version__, redoc_url=None, separate_input_output_schemas=False)
+    app.state.service = service
+    app.include_router(openai_routes(service))
+    app.include_router(responses_routes(service))
+    app.include_router(anthropic_routes(service))
+    _plain_routes(app, service, traffic)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    _error_handlers(app)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, options=options, traffic=traffic)
+    return app
+
+
+def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    @app.get("/health", summary="The process is alive", tags=["Operation"])
+    async def health() -> Response:
+        return Json({"status": "ok"})
+
+    @app.get(
+        "/ready", summary="New requests are taken", tags=["Operation"], responses={503: {"description": "Draining"}}
+    )
+    async def ready() -> Response:
+        return Json({"status": "draining"}, 503) if traffic.draining else Json({"status": "ready"})
+
+    @app.get("/version", summary="Version of the server", tags=["Operation"])
+    async def version() -> Response:
+        return Json({"version": __version__})
+
+    @app.get("/metrics", summary="Counters for Prometheus", tags=["Operation"])
+    async def metrics() -> Response:
+        page = render(service.llm.stats, service.llm.gauges(), traffic)
+        return Response(page, media_type=CONTENT_TYPE)
+
+
+def _error_handlers(app: FastAPI) -> None:
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, CabochonError)
+        if error.status == 500:
+            log.error("%s failed", request.state.request_id, exc_info=error)
+        return failure(request, error)
+
+    async def malformed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return failure(request, RequestError(*wire_fault(error.errors())))
+
+    async def plain(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, CabochonError):  # the guard's, met while the body was read
+            return failure(request, error.__cause__)
+        fault = RequestError(_PLAIN.get(error.status_code, str(error.detail)).format(path=request.url.path))
+        answer = failure(request, fault)
+        answer.status_code = error.status_code
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=UNANSWERED)
+
+    app.add_exception_handler(CabochonError, ours)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, plain)
+    app.add_exception_handler(ClientGoneError, gone)
+
+
+_PLAIN = {
+    400: "The body can't be read as JSON.",
+    404: "There is nothing at {path}; /docs lists what there is.",
+    405: "This method is not for {path}; /docs lists what there is.",
+}

@@ -1,0 +1,35 @@
+"""How a server is set up. The engine's own options are `engine.options`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How a server is set up; times are in seconds."""
+
+    names: tuple[str, ...]
+    """Names under which clients may ask for the model; the first is the one in replies."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    """Any of them opens the door; none: no door."""
+    allowed_origins: tuple[str, ...] = ()
+    """Pages of these origins may call from a browser (CORS); none: only our own page."""
+    max_body_bytes: int = 64 * MIB
+    max_waiting: int = 256
+    """Replies that may wait beside the running ones; beyond that a request is refused with 429."""
+    max_output_tokens: int | None = None
+    """Most tokens that one reply may have, whatever was asked for."""
+    request_timeout: float = 3600.0
+    """A reply that takes longer is ended."""
+    keep_alive: float = 10.0
+    """A stream that is silent for so long says so, to keep proxies from closing it."""
+    drain: float = 30.0
+    """How long running replies may go on after SIGTERM."""
+    responses_kept: int = 1000
+    """Responses that can be continued or fetched, the latest first to stay."""
+    log_prompts: bool = False

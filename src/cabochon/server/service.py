@@ -1,0 +1,117 @@
+"""Between the protocols and the engine: names, admission, limits, constraints. Knows neither HTTP nor anyone's JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from functools import partial
+
+from ..chat.messages import Prompt
+from ..chat.tokenizer import Tokenizer
+from ..engine.request import SamplingParams
+from ..errors import BusyError, InputError, UnknownModelError
+from ..llm import AsyncLLM, Chunk
+from .ask import Ask, Shape
+from .faults import TooSlowError
+from .options import ServerOptions
+from .rules import Constrainer
+
+log = logging.getLogger("cabochon.server")
+
+
+class Service:
+    """One engine as the protocols see it."""
+
+    def __init__(self, llm: AsyncLLM, options: ServerOptions) -> None:
+        if llm.tokenizer is None:
+            raise InputError(f"{llm.name} has no tokenizer, so it can't be served; use the library with token ids.")
+        self.llm = llm
+        self.options = options
+        self.tokenizer: Tokenizer = llm.tokenizer
+        self.constrainer = Constrainer(self.tokenizer, llm.config.text.vocab_size)
+        self._replies = 0
+        self._most = llm.front.engine.scheduler.seats + options.max_waiting
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with. Raises `UnknownModelError` for a model that isn't served."""
+        if asked is None:
+            return self.options.names[0]
+        if asked not in self.options.names:
+            served = ", ".join(self.options.names)
+            raise UnknownModelError(f"The model {asked!r} is not served here; there is {served}.")
+        return asked
+
+    async def render(self, ask: Ask) -> Prompt:
+        """The conversation as token ids, media as placeholders."""
+        render = partial(
+            self.llm.render,
+            ask.messages,
+            tools=ask.tools or None,
+            thinking=ask.thinking,
+            preserve_thinking=ask.preserve_thinking,
+        )
+        return await asyncio.to_thread(render)
+
+    async def chat(self, ask: Ask, identity: str) -> AsyncGenerator[Chunk]:
+        """The chunks of all replies; closing the iterator frees their pages at the next step."""
+        with self._admitted(ask.params.n):
+            rules, afterwards = await asyncio.to_thread(self.constrainer.rules, ask)
+            if self.options.log_prompts:
+                log.info("%s asks %s", identity, [message.as_dict() for message in ask.messages])
+            chunks = self.llm.chat_stream(
+                ask.messages,
+                tools=ask.tools or None,
+                thinking=ask.thinking,
+                preserve_thinking=ask.preserve_thinking,
+                params=self._bounded(ask.params),
+                constraint=rules.begin,
+            )
+            async with aclosing(self._timed(chunks)) as timed:
+                async for chunk in timed:
+                    yield replace(chunk, events=tuple(afterwards.checked(chunk.index, chunk.events)))
+
+    async def complete(
+        self, prompt: str | Sequence[int], params: SamplingParams, shape: Shape | None
+    ) -> AsyncGenerator[Chunk]:
+        """The chunks of all continuations of a raw prompt."""
+        with self._admitted(params.n):
+            constraint = None
+            if shape is not None:
+                grammar = await asyncio.to_thread(self.constrainer.shape, shape)
+                constraint = self.constrainer.text_rules(grammar).begin
+            chunks = self.llm.generate_stream(prompt, self._bounded(params), constraint=constraint)
+            async with aclosing(self._timed(chunks)) as timed:
+                async for chunk in timed:
+                    yield chunk
+
+    async def _timed(self, chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+        """`chunks`, for as long as a request may take."""
+        try:
+            async with asyncio.timeout(self.options.request_timeout), aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        except TimeoutError:
+            raise TooSlowError(
+                f"The request took longer than {self.options.request_timeout:g} seconds; ask for fewer tokens."
+            ) from None
+
+    def _bounded(self, params: SamplingParams) -> SamplingParams:
+        most = self.options.max_output_tokens
+        if most is None:
+            return params
+        return replace(params, max_tokens=min(most, params.max_tokens or most))
+
+    @contextmanager
+    def _admitted(self, replies: int) -> Iterator[None]:
+        if self._replies + replies > self._most:
+            raise BusyError(
+                f"{self._replies} replies are running or waiting and {self._most} is the most; try again shortly."
+            )
+        self._replies += replies
+        try:
+            yield
+        finally:
+            self._replies -= replies

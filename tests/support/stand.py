@@ -1,0 +1,62 @@
+"""A server on loopback around a toy network with random weights, for tests that speak HTTP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from support.toys import toy_model
+from support.words import small_tokenizer
+
+from cabochon.chat.template import Template
+from cabochon.config import GenerationConfig
+from cabochon.llm import AsyncLLM
+from cabochon.llm.loading import Loaded
+from cabochon.media.source import Policy
+from cabochon.server.app import create_app
+from cabochon.server.guard import Traffic
+from cabochon.server.options import ServerOptions
+
+NAME = "toy"
+WIDTH = 640
+
+
+def toy_llm(**engine: Any) -> AsyncLLM:
+    """An engine around calm random weights in E2B's shape, with a small tokenizer."""
+    tokenizer = small_tokenizer()
+    network = toy_model("E2B", vocab_size=WIDTH, vocab_size_per_layer_input=WIDTH)
+    loaded = Loaded(NAME, network, tokenizer, Template(tokenizer), GenerationConfig(eos=(1, 106, 50)))
+    return AsyncLLM.of(loaded, policy=Policy(remote=False), max_num_seqs=16, **engine)
+
+
+@contextmanager
+def running(llm: AsyncLLM, **options: Any) -> Iterator[str]:
+    """A server in a thread of this process; its base URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    traffic = Traffic()
+    app = create_app(llm, ServerOptions(names=(NAME, "toy-alias"), port=port, **options), traffic)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    base = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        if server.started:
+            break
+        time.sleep(0.02)
+    try:
+        yield base
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def post(base: str, path: str, body: Any, **more: Any) -> httpx.Response:
+    return httpx.post(base + path, json=body, timeout=60, **more)
