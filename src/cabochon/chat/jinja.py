@@ -60,18 +60,23 @@ def template_for(
     if template_file is not None:
         return JinjaTemplate(_read(template_file), tokenizer, str(template_file))
     source = published_template(folder) if folder is not None else None
+    return template_from(source, str(folder), tokenizer, family)
+
+
+def template_from(source: str | None, origin: str, tokenizer: Tokenizer, family: Family) -> ChatTemplate:
+    """The template for a checkpoint that carries the Jinja text `source` (None: none); `origin` is for messages."""
     if source is None:
         return Template(tokenizer, family)
     digest = hashlib.sha256(source.encode()).hexdigest()
     if digest in KNOWN:
         return Template(tokenizer, KNOWN[digest])
     if digest in OUTDATED:
-        log.warning("%s carries an outdated chat template; the one of July 2026 is used instead.", folder)
+        log.warning("%s carries an outdated chat template; the one of July 2026 is used instead.", origin)
         return Template(tokenizer, OUTDATED[digest])
     log.warning(
-        "%s carries a chat template of its own (sha256 %s...); it is rendered through Jinja.", folder, digest[:12]
+        "%s carries a chat template of its own (sha256 %s...); it is rendered through Jinja.", origin, digest[:12]
     )
-    return JinjaTemplate(source, tokenizer, str(folder))
+    return JinjaTemplate(source, tokenizer, origin)
 
 
 def published_template(folder: Path) -> str | None:

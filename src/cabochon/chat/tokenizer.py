@@ -108,10 +108,20 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path} doesn't exist; a checkpoint needs a tokenizer.json to read and write text.")
         try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} isn't a readable tokenizer.json ({error}).") from None
-        return cls(backend, str(path))
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "tokenizer.json") -> Tokenizer:
+        """Read the content of a tokenizer.json; `name` is for messages. Raises `CheckpointError` as `from_file`."""
+        try:
+            return cls(Backend.from_str(text), name)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{name} isn't a readable tokenizer.json ({error}).") from None
 
     def __len__(self) -> int:
         """Ids from 0 up to this are known (V may be larger)."""

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..chat.jinja import template_for
-from ..chat.template import ChatTemplate
+from ..chat.jinja import template_for, template_from
+from ..chat.template import ChatTemplate, Family
 from ..chat.tokenizer import Tokenizer
-from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
+from ..config import GenerationConfig, ModelConfig
 from ..errors import InputError
 from ..hub import BUNDLED, locate
 from ..model.gemma4 import Gemma4
+from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import Progress, Source, fill
 from ..weights.random import is_random, open_random
-from ..weights.safetensors import SafetensorsSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -42,24 +42,39 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
 ) -> Loaded:
-    """The checkpoint `model`: a folder, a cached repository or short name, `random:...`; None for the bundled one."""
+    """The checkpoint `model`: a folder, a .gguf file, a cached repository or name, `random:...`; None: bundled."""
     there, kind = pick_device(device), pick_dtype(dtype)
-    source: Source
-    if isinstance(model, str) and is_random(model):
-        config, source = open_random(model)
-        folder, words, generation = None, BUNDLED, GenerationConfig()
-        name = model
-    else:
-        folder = words = locate(model)
-        config, source = read_config(folder), SafetensorsSource(folder)
-        generation, name = read_generation_config(folder), folder.name
+    found, name = _open(model)
+    config = found.config
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
-    network = build(config, source, there, kind or DTYPES[config.dtype], progress)
-    tokenizer = Tokenizer.from_file(words) if (words / "tokenizer.json").is_file() else None
-    small = config.text.hidden_size_per_layer_input > 0
-    template = template_for(folder, tokenizer, "small" if small else "large") if tokenizer else None
-    return Loaded(name, network, tokenizer, template, generation)
+    network = build(config, found.source, there, kind or DTYPES[config.dtype], progress)
+    tokenizer = _tokenizer(found, name)
+    template = _template(found, name, tokenizer) if tokenizer else None
+    return Loaded(name, network, tokenizer, template, found.generation)
+
+
+def _open(model: str | Path | None) -> tuple[Checkpoint, str]:
+    """The checkpoint and the name to show for it. Random weights speak through the bundled tokenizer."""
+    if isinstance(model, str) and is_random(model):
+        config, source = open_random(model)
+        words = (BUNDLED / "tokenizer.json").read_text(encoding="utf-8")
+        return Checkpoint(config, source, GenerationConfig(), folder=None, tokenizer=words), model
+    path = locate(model)
+    return open_checkpoint(path), path.name
+
+
+def _tokenizer(found: Checkpoint, name: str) -> Tokenizer | None:
+    if found.folder is None:
+        return Tokenizer.from_json(found.tokenizer, name) if found.tokenizer else None
+    return Tokenizer.from_file(found.folder) if (found.folder / "tokenizer.json").is_file() else None
+
+
+def _template(found: Checkpoint, name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    family: Family = "small" if found.config.text.hidden_size_per_layer_input else "large"
+    if found.folder is None:
+        return template_from(found.template, name, tokenizer, family)
+    return template_for(found.folder, tokenizer, family)
 
 
 def build(

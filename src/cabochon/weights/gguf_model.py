@@ -80,7 +80,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
             "top_k_experts": found.take("expert_used_count"),
             "moe_intermediate_size": found.take("expert_feed_forward_length"),
         }
-    return {"model_type": "gemma4", "text_config": text, "eos_token_id": _stops(file.metadata), "dtype": "bfloat16"}
+    return {"model_type": "gemma4", "text_config": text, "eos_token_id": stops_of(file.metadata), "dtype": "bfloat16"}
 
 
 class _Reader:
@@ -127,7 +127,7 @@ def _decimal(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _stops(metadata: Mapping[str, Any]) -> list[int]:
+def stops_of(metadata: Mapping[str, Any]) -> list[int]:
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     return [i for i, token in enumerate(tokens[:512]) if token in _STOPS] or [1]
 

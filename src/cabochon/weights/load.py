@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_json
 from ..errors import CheckpointError, InputError
-from ..quant import QuantTensor
+from ..quant import QuantTensor, pack, quantize
 from . import safetensors
 from .params import Param, Shape, parameters
 
@@ -27,6 +27,10 @@ Convert = Callable[[Param, Tensor], Tensor | QuantTensor]
 """What becomes of a tensor (already of the wanted type) before it is put in place."""
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
+
+
+ROWS_AT_ONCE = 1 << 24
+"""Numbers that are quantised at a time: float32 copies stay small beside the result."""
 
 
 class Source(Protocol):
@@ -72,6 +76,35 @@ def fill(
         done += source.nbytes(name)
         if progress is not None:
             progress(done, total)
+
+
+def quantizer(format: str, *, panels: bool) -> Convert:
+    """Matrices become `format` as they come in; with `panels` in the layout of the CPU kernels.
+
+    Per-layer embeddings are looked up by row and never multiplied, so they stay in rows.
+    """
+
+    def convert(param: Param, tensor: Tensor) -> Tensor | QuantTensor:
+        if not param.quantize:
+            return tensor
+        weight = quantize_in_blocks(tensor, format)
+        return pack(weight) if panels and param.part != "per_layer_embedding" else weight
+
+    return convert
+
+
+def quantize_in_blocks(tensor: Tensor, format: str) -> QuantTensor:
+    """`quant.quantize`, a few rows (or experts) at a time."""
+    step = max(1, ROWS_AT_ONCE // max(1, tensor[0].numel()))
+    first = quantize(tensor[:step], format)
+    if step >= tensor.shape[0]:
+        return first
+    codes, scales = (part.new_empty(tensor.shape[0], *part.shape[1:]) for part in (first.codes, first.scales))
+    for top in range(0, tensor.shape[0], step):
+        rows = slice(top, top + step)
+        block = quantize(tensor[rows], format)
+        codes[rows], scales[rows] = block.codes, block.scales
+    return QuantTensor(codes, scales, format, tuple(tensor.shape))
 
 
 def place(module: nn.Module, name: str, value: Tensor | QuantTensor) -> None:

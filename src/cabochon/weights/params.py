@@ -21,6 +21,7 @@ from ..config import (
     UnifiedVisionConfig,
     VisionConfig,
 )
+from ..formats import FORMATS, Format
 
 Part = Literal["text", "experts", "embedding", "per_layer_embedding", "vision", "audio", "drafter"]
 Shape = tuple[int, ...]
@@ -52,6 +53,14 @@ class Param:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    def format(self, base: str, quantization: str | None = None) -> Format:
+        """What it is kept in when the model runs in `base` ("bfloat16", ...) with its matrices in `quantization`."""
+        return FORMATS[quantization if quantization and self.quantize else base]
+
+    def nbytes(self, base: str, quantization: str | None = None) -> int:
+        """Bytes in memory, scales included."""
+        return 8 * self.count if self.integer else self.format(base, quantization).bytes(self.shape or (1,))
 
 
 def parameters(config: ModelConfig, *, unused: bool = False) -> tuple[Param, ...]:
@@ -88,7 +97,7 @@ class _Place:
     gguf: str = ""
 
     def vector(self, name: str, shape: Shape, gguf: str, *, part: Part = "text", used: bool = True) -> Param:
-        """A tensor that is never quantised or split: norms, scalars, the router."""
+        """A tensor that is never quantised or split: norms, scalars, the router, the gates of per-layer embeddings."""
         return Param(self.ours + name, shape, self.hf + name, part, self.gguf + gguf, used=used)
 
     def matrix(
@@ -138,8 +147,8 @@ def _layer(spec: LayerSpec, width: int, at: _Place) -> Iterator[Param]:
         yield at.vector("pre_feedforward_layernorm_2.weight", (width,), "pre_ffw_norm_2.weight")
         yield at.vector("post_feedforward_layernorm_2.weight", (width,), "post_ffw_norm_2.weight")
     if ple := spec.ple_width:
-        yield at.matrix("per_layer_input_gate.weight", (ple, width), "inp_gate.weight")
-        yield at.matrix("per_layer_projection.weight", (width, ple), "proj.weight")
+        yield at.vector("per_layer_input_gate.weight", (ple, width), "inp_gate.weight")
+        yield at.vector("per_layer_projection.weight", (width, ple), "proj.weight")
         yield at.vector("post_per_layer_input_norm.weight", (width,), "post_norm.weight")
     yield at.vector("layer_scalar", (1,), "layer_output_scale.weight")
 

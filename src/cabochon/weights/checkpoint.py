@@ -1,0 +1,64 @@
+"""One door to every kind of checkpoint: a folder of safetensors, plain or quantised by another tool, or a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
+from ..errors import CheckpointError
+from .gguf import read_gguf
+from .gguf_model import config_of, stops_of, tokenizer_of
+from .gguf_source import GGUFSource
+from .load import Source
+from .safetensors import SafetensorsSource
+from .scheme_source import SchemeSource
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint says of itself, and where its tensors come from. Nothing of them has been read yet."""
+
+    config: ModelConfig
+    source: Source
+    generation: GenerationConfig
+    folder: Path | None
+    """Where tokenizer and template lie as files; None where they are in `tokenizer` and `template`."""
+    tokenizer: str | None = None
+    template: str | None = None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a folder with config.json, a folder with one GGUF model, or a .gguf file."""
+    gguf = path if path.is_file() else _only_gguf(path)
+    if gguf is not None:
+        return _open_gguf(gguf)
+    config = read_config(path)
+    stored = SafetensorsSource(path)
+    source: Source = SchemeSource(stored, config.quantization) if config.quantization else stored
+    return Checkpoint(config, source, read_generation_config(path), path)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF model in a folder without config.json (towers and later parts of a split put aside)."""
+    if (folder / "config.json").exists():
+        return None
+    found = sorted(f for f in folder.glob("*.gguf") if "mmproj" not in f.name)
+    found = [f for f in found if "-of-" not in f.name or "-00001-of-" in f.name]
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found)
+        raise CheckpointError(f"{folder} holds {len(found)} GGUF models ({names}); name the one to run.")
+    return found[0] if found else None
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = read_gguf(path)
+    config = read_config(config_of(file))
+    return Checkpoint(
+        config=config,
+        source=GGUFSource(file, config, str(path)),
+        generation=GenerationConfig(eos=tuple(stops_of(file.metadata))),
+        folder=None,
+        tokenizer=tokenizer_of(file.metadata) if "tokenizer.ggml.tokens" in file.metadata else None,
+        template=file.metadata.get("tokenizer.chat_template"),
+    )

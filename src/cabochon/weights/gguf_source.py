@@ -1,0 +1,73 @@
+"""The tensors of a GGUF file under their published names, one at a time.
+
+Blocks of type Q4_0 are our int4 to the byte and enter as they are; every other type is expanded. A router's or norm's
+tensor is always expanded, whatever it is stored as. Experts that are stored as separate gate and up tensors are joined.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..quant import QuantTensor
+from .gguf import GGUFFile, GGUFTensor
+from .params import Param, Shape, parameters
+
+_OURS_TO_MAKE = ("rope_freqs.weight",)
+"""Tensors that only repeat the config."""
+
+
+class GGUFSource:
+    """A `weights.load.Source` over a mapped GGUF file."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, origin: str) -> None:
+        self.origin = origin
+        self.parts: dict[str, list[GGUFTensor]] = {}
+        self.params: dict[str, Param] = {}
+        known = {param.gguf: param for param in parameters(config, unused=True) if param.gguf}
+        known["output.weight"] = next(p for p in parameters(config, unused=True) if p.hf == "lm_head.weight")
+        for name, tensor in file.tensors.items():
+            if name in _OURS_TO_MAKE:
+                continue
+            param = known.get(_joined(name))
+            # A name that the table doesn't have is kept: the loader reports it with all others that don't fit.
+            published = param.hf if param else name
+            self.parts.setdefault(published, []).append(tensor)
+            if param:
+                self.params[published] = param
+        for parts in self.parts.values():
+            parts.sort(key=lambda tensor: "up_exps" in tensor.name)  # gate rows before up rows
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: _stacked(parts) for name, parts in self.parts.items()}
+
+    def nbytes(self, name: str) -> int:
+        return sum(tensor.raw.nbytes for tensor in self.parts[name])
+
+    def read(self, name: str) -> Tensor | QuantTensor:
+        parts, param = self.parts[name], self.params.get(name)
+        if len(parts) == 1 and parts[0].kind.name == "Q4_0" and param is not None and param.quantize:
+            return as_int4(parts[0])
+        return torch.cat([part.dequantize() for part in parts], -2 if len(parts) > 1 else 0)
+
+    def formats(self) -> dict[str, str]:
+        """Block type by published name, for people."""
+        return {name: parts[0].kind.name for name, parts in self.parts.items()}
+
+
+def as_int4(tensor: GGUFTensor) -> QuantTensor:
+    """Q4_0 blocks (2 bytes scale, 16 bytes codes) as our int4 in rows: the same codes and scales, apart."""
+    blocks = tensor.blocks().view(*tensor.shape[:-1], tensor.shape[-1] // 32, 18)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    return QuantTensor(blocks[..., 2:].contiguous(), scales, "int4", tensor.shape)
+
+
+def _joined(name: str) -> str:
+    """Separate gate and up experts have one published name."""
+    return name.replace("ffn_gate_exps.", "ffn_gate_up_exps.").replace("ffn_up_exps.", "ffn_gate_up_exps.")
+
+
+def _stacked(parts: list[GGUFTensor]) -> Shape:
+    first = parts[0].shape
+    return first if len(parts) == 1 else (*first[:-2], sum(part.shape[-2] for part in parts), first[-1])

@@ -1,0 +1,103 @@
+"""Models in GGUF files: written, read back, and the same model; blocks that our kernels know enter as they are."""
+
+import json
+
+import pytest
+import torch
+
+from cabochon.config import read_config
+from cabochon.errors import CheckpointError, InputError
+from cabochon.llm.loading import build
+from cabochon.model.batch import whole_sequences
+from cabochon.quant import QuantTensor, dequantize
+from cabochon.weights.checkpoint import open_checkpoint
+from cabochon.weights.gguf import read_gguf
+from cabochon.weights.gguf_model import config_of, tokenizer_of
+from cabochon.weights.gguf_write import save_gguf
+from cabochon.weights.params import parameters
+from support.toys import random_ids, toy_model
+from support.words import small_tokenizer
+
+SHAPES = ["E2B", "E4B", "12B", "26B-A4B", "31B"]
+
+
+def write(path, size, format, **text):
+    model = toy_model(size, **text)
+    weights = model.state_dict()
+    save_gguf(path, model.config, weights.__getitem__, format, tokenizer_json=None)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(whole_sequences([torch.tensor(random_ids(40))]))
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_a_written_file_is_the_same_model(tmp_path, size):
+    model = write(tmp_path / "toy.gguf", size, "bf16")
+    opened = open_checkpoint(tmp_path / "toy.gguf")
+    text = opened.config.text
+    assert text == model.config.text
+    rounded = {p.name for p in parameters(model.config) if p.quantize}
+    again = build(opened.config, opened.source, torch.device("cpu"), torch.float32)
+    for name, tensor in again.state_dict().items():
+        whole = model.state_dict()[name]
+        assert torch.equal(tensor, whole.bfloat16().float() if name in rounded else whole), name
+    assert (logits(again) - logits(model)).abs().max() < 0.2
+
+
+def test_q4_0_blocks_enter_as_they_are(tmp_path):
+    write(tmp_path / "toy.gguf", "31B", "q4_0")
+    opened = open_checkpoint(tmp_path / "toy.gguf")
+    name = "model.language_model.layers.0.mlp.gate_proj.weight"
+    taken = opened.source.read(name)
+    assert isinstance(taken, QuantTensor)
+    assert taken.format == "int4"
+    stored = read_gguf(tmp_path / "toy.gguf").tensors["blk.0.ffn_gate.weight"]
+    assert stored.kind.name == "Q4_0"
+    assert torch.equal(dequantize(taken), stored.dequantize())
+    model = build(opened.config, opened.source, torch.device("cpu"), torch.float32)
+    assert logits(model).isfinite().all()
+
+
+def test_rows_that_fit_no_block_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"down_proj\.weight has rows of 72"):
+        write(tmp_path / "toy.gguf", "26B-A4B", "q8_0")
+
+
+def test_the_vocabulary_survives(tmp_path):
+    words = small_tokenizer()
+    source = words.backend.to_str()
+    model = toy_model("E2B", vocab_size=len(words), vocab_size_per_layer_input=len(words))
+    save_gguf(
+        tmp_path / "t.gguf",
+        model.config,
+        model.state_dict().__getitem__,
+        "f16",
+        tokenizer_json=source,
+        template="{{ 1 }}",
+    )
+    file = read_gguf(tmp_path / "t.gguf")
+    assert file.metadata["tokenizer.chat_template"] == "{{ 1 }}"
+    before, after = json.loads(source), json.loads(tokenizer_of(file.metadata))
+    assert after["model"]["vocab"] == before["model"]["vocab"] | {t["content"]: t["id"] for t in before["added_tokens"]}
+    assert after["model"]["merges"] == before["model"]["merges"]
+    assert {t["id"] for t in after["added_tokens"]} == {t["id"] for t in before["added_tokens"]}
+    assert read_config(config_of(file)).text == model.config.text
+
+
+def test_other_architectures_are_named(tmp_path):
+    model = toy_model("31B")
+    save_gguf(tmp_path / "t.gguf", model.config, model.state_dict().__getitem__, "f16")
+    data = (tmp_path / "t.gguf").read_bytes().replace(b"gemma4", b"llama4")
+    (tmp_path / "t.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match="'llama4' model"):
+        open_checkpoint(tmp_path / "t.gguf")
+
+
+def test_a_folder_with_two_models_asks_which(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"a\.gguf, b\.gguf"):
+        open_checkpoint(tmp_path)
