@@ -12,7 +12,7 @@ from cabochon.errors import CheckpointError, InputError, UnknownModelError
 from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, quantize
 from cabochon.weights.header import read_folder
-from cabochon.weights.load import fill, fold, save
+from cabochon.weights.load import fill, fold, quantize_in_blocks, quantizer, save
 from cabochon.weights.params import parameters
 from cabochon.weights.random import RandomSource, calm_tensor, open_random
 from cabochon.weights.safetensors import SafetensorsSource
@@ -93,6 +93,28 @@ def test_weights_are_quantised_on_the_way_in(toy):
     assert (dequantize(weight) - exact).abs().max() < exact.abs().max() / 100
     with pytest.raises(InputError, match=r"mlp.gate_proj.weight is quantised"):
         save(toy.parent / "no", model, read_config(toy))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantising_in_blocks_changes_nothing(monkeypatch, format):
+    weight = calm_tensor("x", (37, 64))
+    monkeypatch.setattr("cabochon.weights.load.ROWS_AT_ONCE", 640)
+    whole, blocks = quantize(weight, format), quantize_in_blocks(weight, format)
+    assert torch.equal(whole.codes, blocks.codes) and torch.equal(whole.scales, blocks.scales)
+    assert blocks.shape == whole.shape
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("panels", [False, True])
+def test_a_quantised_network_holds_what_the_table_says(toy, format, panels):
+    config = read_config(toy)
+    model = load(toy, torch.bfloat16, convert=quantizer(format, panels=panels))
+    for param in parameters(config):
+        value = model.get_submodule(param.name.rpartition(".")[0])
+        value = getattr(value, param.name.rpartition(".")[2])
+        assert isinstance(value, QuantTensor) == param.quantize
+        if not panels:
+            assert value.nbytes == param.nbytes("bfloat16", format)
 
 
 def test_leftovers_of_sharing_layers_and_a_stored_head_are_passed_over(toy):
