@@ -83,10 +83,16 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     """As `reference.embed`; a plain table may lie in pinned host memory."""
     if isinstance(table, QuantTensor) or table.dtype not in _DTYPES:
         return reference.embed(ids, table, scale)
-    if not table.is_cuda and not table.is_pinned():
+    if table.device != ids.device and not table.is_pinned():
         raise InputError("the embedding table lies in host memory that the GPU can't read; pin it or move it there")
     y: Tensor = kernels()[3].embed(ids, table, scale)
     return y
+
+
+def route(
+    x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    return reference.route(x, proj, scale, per_expert_scale, top_k, eps)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:

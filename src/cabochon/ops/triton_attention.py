@@ -178,23 +178,27 @@ def _attend(
 
 
 @triton.jit
-def _join(acc_ptr, softmax_ptr, chunks_ptr, out_ptr, lines, N: tl.constexpr, H: tl.constexpr):
-    """Join the chunks of one query row and head, in the order of the keys."""
-    line = tl.program_id(0).to(tl.int64)
+def _join(acc_ptr, softmax_ptr, chunks_ptr, out_ptr, lines, N: tl.constexpr, H: tl.constexpr, BN: tl.constexpr):
+    """Join the chunks of one query row, BN heads at a time, in the order of the keys."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    line = row * N + n
     h = tl.arange(0, H)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    acc = tl.zeros((H,), tl.float32)
-    for chunk in range(tl.load(chunks_ptr + line // N)):
+    top = tl.full((BN,), float("-inf"), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    acc = tl.zeros((BN, H), tl.float32)
+    for chunk in range(tl.load(chunks_ptr + row)):
         at = line + chunk * lines
-        chunk_top = tl.load(softmax_ptr + at * 2)
+        chunk_top = tl.load(softmax_ptr + at * 2, mask=n < N, other=float("-inf"))
         new_top = tl.maximum(top, chunk_top)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         old, new = tl.exp(top - base), tl.exp(chunk_top - base)
-        acc = acc * old + tl.load(acc_ptr + at * H + h) * new
-        total = total * old + tl.load(softmax_ptr + at * 2 + 1) * new
+        part = tl.load(acc_ptr + at[:, None] * H + h[None, :], mask=(n < N)[:, None], other=0.0)
+        acc = acc * old[:, None] + part * new[:, None]
+        total = total * old + tl.load(softmax_ptr + at * 2 + 1, mask=n < N, other=0.0) * new
         top = new_top
-    tl.store(out_ptr + line * H + h, (acc / tl.maximum(total, 1e-30)).to(out_ptr.dtype.element_ty))
+    out = acc / tl.maximum(total, 1e-30)[:, None]
+    tl.store(out_ptr + line[:, None] * H + h[None, :], out.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None])
 
 
 def attend(
@@ -266,7 +270,10 @@ def attend(
         num_stages=tile.stages,
     )
     if decode:
-        _join[(queries * heads,)](acc, softmax, counts, out, queries * heads, N=heads, H=head, num_warps=4)
+        together = max(1, min(triton.next_power_of_2(heads), 2048 // head))
+        _join[(queries, triton.cdiv(heads, together))](
+            acc, softmax, counts, out, queries * heads, N=heads, H=head, BN=together, num_warps=4
+        )
     return out
 
 

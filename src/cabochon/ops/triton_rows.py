@@ -14,21 +14,37 @@ ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _norm(x_ptr, weight_ptr, y_ptr, eps, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, B: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * WIDTH
-    i = tl.arange(0, B)
-    x = tl.load(x_ptr + at + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+def _norm(
+    x_ptr, weight_ptr, y_ptr, rows, eps, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, BR: tl.constexpr, B: tl.constexpr
+):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    i = tl.arange(0, B)[None, :]
+    at = r.to(tl.int64)[:, None] * WIDTH + i
+    inside = (r < rows)[:, None] & (i < WIDTH)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
     if WEIGHT:
         y *= tl.load(weight_ptr + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at + i, y.to(y_ptr.dtype.element_ty), mask=i < WIDTH)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _rope(x_ptr, cos_ptr, sin_ptr, y_ptr, N, HALF: tl.constexpr, TURNED: tl.constexpr, B: tl.constexpr):
-    line = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, B)
-    inside, turned = i < HALF, i < TURNED
+def _rope(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    lines,
+    N: tl.constexpr,
+    HALF: tl.constexpr,
+    TURNED: tl.constexpr,
+    BR: tl.constexpr,
+    B: tl.constexpr,
+):
+    line = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None].to(tl.int64)
+    i = tl.arange(0, B)[None, :]
+    inside = (line < lines) & (i < HALF)
+    turned = (line < lines) & (i < TURNED)
     a = tl.load(x_ptr + line * (2 * HALF) + i, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + line * (2 * HALF) + HALF + i, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + line // N * TURNED + i, mask=turned, other=1.0).to(tl.float32)
@@ -99,25 +115,24 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     width = x.shape[-1]
     x = x.contiguous()
     y = torch.empty_like(x)
-    block = triton.next_power_of_2(width)
-    if y.numel():
-        _norm[(y.numel() // width,)](
-            x, x if weight is None else weight, y, eps,
-            WIDTH=width, WEIGHT=weight is not None, B=block, num_warps=_warps(block),
-        )  # fmt: skip
+    rows, tile = y.numel() // width, _tile(width)
+    if rows:
+        _norm[(triton.cdiv(rows, tile["BR"]),)](
+            x, x if weight is None else weight, y, rows, eps, WIDTH=width, WEIGHT=weight is not None, **tile
+        )
     return y
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rope`; the products are rounded once, at the end."""
-    _, heads, head = x.shape
+    tokens, heads, head = x.shape
     x = x.contiguous()
     y = torch.empty_like(x)
-    block = triton.next_power_of_2(head // 2)
+    tile = _tile(head // 2)
     if y.numel():
-        _rope[(y.numel() // head,)](
-            x, cos.contiguous(), sin.contiguous(), y, heads,
-            HALF=head // 2, TURNED=cos.shape[-1], B=block, num_warps=_warps(block),
+        _rope[(triton.cdiv(tokens * heads, tile["BR"]),)](
+            x, cos.contiguous(), sin.contiguous(), y, tokens * heads,
+            N=heads, HALF=head // 2, TURNED=cos.shape[-1], **tile,
         )  # fmt: skip
     return y
 
@@ -151,6 +166,13 @@ def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
         )  # fmt: skip
 
 
-def _warps(block: int) -> int:
-    """Eight numbers or fewer per thread, up to eight warps."""
-    return max(1, min(8, block // 256))
+def _tile(width: int) -> dict[str, int]:
+    """Narrow rows go several to a program, so that each thread has eight numbers."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 1024 // block)
+    return {"BR": rows, "B": block, "num_warps": _warps(rows * block)}
+
+
+def _warps(numbers: int) -> int:
+    """Eight numbers per thread, up to eight warps."""
+    return max(1, min(8, numbers // 256))

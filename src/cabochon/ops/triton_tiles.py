@@ -39,22 +39,22 @@ class MatmulTile:
 
 _ATTEND = {
     # (generation, head width, decode?) -> tile. Narrow heads of toy models take the line of 256.
-    (75, 256, True): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
-    (75, 256, False): AttendTile(rows=32, keys=16, columns=256, warps=4, stages=1),
+    (75, 256, True): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=2),
+    (75, 256, False): AttendTile(rows=32, keys=16, columns=256, warps=8, stages=1),
     (75, 512, True): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
     (75, 512, False): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
-    (80, 256, True): AttendTile(rows=16, keys=64, columns=256, warps=4, stages=2),
-    (80, 256, False): AttendTile(rows=64, keys=32, columns=256, warps=4, stages=2),
-    (80, 512, True): AttendTile(rows=16, keys=32, columns=512, warps=4, stages=2),
-    (80, 512, False): AttendTile(rows=64, keys=32, columns=256, warps=8, stages=1),
+    (80, 256, True): AttendTile(rows=16, keys=32, columns=256, warps=4, stages=3),
+    (80, 256, False): AttendTile(rows=32, keys=32, columns=256, warps=8, stages=2),
+    (80, 512, True): AttendTile(rows=16, keys=32, columns=512, warps=8, stages=2),
+    (80, 512, False): AttendTile(rows=32, keys=32, columns=256, warps=8, stages=1),
     (86, 256, True): AttendTile(rows=16, keys=32, columns=256, warps=4, stages=2),
-    (86, 256, False): AttendTile(rows=64, keys=32, columns=256, warps=4, stages=1),
-    (86, 512, True): AttendTile(rows=16, keys=32, columns=512, warps=4, stages=1),
-    (86, 512, False): AttendTile(rows=32, keys=16, columns=256, warps=4, stages=1),
-    (90, 256, True): AttendTile(rows=16, keys=64, columns=256, warps=4, stages=3),
-    (90, 256, False): AttendTile(rows=64, keys=64, columns=256, warps=4, stages=2),
-    (90, 512, True): AttendTile(rows=16, keys=32, columns=512, warps=4, stages=3),
-    (90, 512, False): AttendTile(rows=64, keys=32, columns=512, warps=8, stages=2),
+    (86, 256, False): AttendTile(rows=32, keys=32, columns=256, warps=8, stages=2),
+    (86, 512, True): AttendTile(rows=16, keys=16, columns=512, warps=8, stages=2),
+    (86, 512, False): AttendTile(rows=32, keys=16, columns=512, warps=8, stages=1),
+    (90, 256, True): AttendTile(rows=16, keys=32, columns=256, warps=4, stages=3),
+    (90, 256, False): AttendTile(rows=64, keys=32, columns=256, warps=8, stages=2),
+    (90, 512, True): AttendTile(rows=16, keys=32, columns=512, warps=8, stages=3),
+    (90, 512, False): AttendTile(rows=64, keys=32, columns=256, warps=8, stages=2),
 }
 
 

@@ -1,0 +1,65 @@
+"""Whole models through the kernels of the GPU: on one where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from cabochon.engine.engine import Engine
+from cabochon.engine.options import EngineOptions
+from cabochon.engine.request import Request, SamplingParams
+from cabochon.ops import cpu, gpu
+from support.toys import SIZES, random_ids, toy_model
+from support.triton_twins import DEVICE, distance
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Tensors of this test go to the Triton kernels, wherever they lie."""
+    if DEVICE == "cpu":
+        known = (torch.float32, torch.int64)
+        monkeypatch.setattr(cpu, "ready", lambda x: False)
+        monkeypatch.setattr(gpu, "ready", lambda x: x.dtype in known and not torch.is_grad_enabled())
+
+
+def replies(model, *, count: int, formats: str = "auto") -> tuple[dict[str, list[int]], torch.Tensor]:
+    """Greedy tokens of two requests, the second of which arrives later, and the first one's prompt logits."""
+    seen = []
+    options = EngineOptions(
+        max_num_seqs=4, max_num_batched_tokens=24, block_size=8, num_blocks=(32, 32),
+        kv_cache_dtype=formats, kv_window_dtype=formats,
+    )  # fmt: skip
+    engine = Engine(model, options, max_model_len=128)
+    params = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_tokens=count, ignore_eos=True)
+    engine.add(Request("a", random_ids(19, 1), params, sink=lambda _, logits: seen.append(logits.clone())))
+    out: dict[str, list[int]] = {"a": [], "b": []}
+    for step in range(60):
+        if step == 2:
+            engine.add(Request("b", random_ids(5, 2), params))
+        for output in engine.step():
+            assert output.error is None, output.error
+            out[output.request_id] += output.token_ids
+        if step > 2 and not engine.busy:
+            break
+    return out, torch.cat(seen)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_replies_of_every_architecture(size, kernels, monkeypatch):
+    """Prefill in chunks, decode beside prefill, KV sharing, value = key, experts, per-layer embeddings."""
+    got, logits = replies(toy_model(size).to(DEVICE), count=3)
+    monkeypatch.setattr(gpu, "ready", lambda x: False)
+    wanted, reference = replies(toy_model(size, dtype=torch.float64), count=3)
+    assert reference.std() > 0.3  # not trivially equal
+    assert distance(logits.cpu(), reference) < 2e-5
+    assert got == wanted
+
+
+@pytest.mark.parametrize("formats", ["int8", "fp8"])
+def test_pages_in_eight_bits(formats, kernels, monkeypatch):
+    got, logits = replies(toy_model("31B").to(DEVICE), count=3, formats=formats)
+    monkeypatch.setattr(gpu, "ready", lambda x: False)
+    wanted, reference = replies(toy_model("31B"), count=3, formats=formats)
+    assert distance(logits.cpu(), reference) < 2e-3  # a code on the edge may fall to either side
+    assert got == wanted
+
+
+def test_training_takes_the_reference():
+    assert not gpu.ready(torch.randn(2, requires_grad=True))
