@@ -5,7 +5,7 @@ Everything is computed in numpy for all tokens at once and goes to the device in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,17 @@ from .request import SoftSpan
 from .scheduler import Item
 
 Array = NDArray[Any]
-Encode = Callable[[Sequence[SoftSpan]], list[Tensor]]
 
 
-def build(items: list[Item], cache: KVCache, device: torch.device, *, skip: bool = True, encode: Encode) -> Batch:
-    """The batch of one step. `skip`: rows whose logits nobody wants do not go through the KV-shared layers."""
+def build(
+    items: list[Item], cache: KVCache, device: torch.device, *, skip: bool = True, features: Mapping[bytes, Tensor]
+) -> Batch:
+    """The batch of one step.
+
+    Args:
+        skip: rows whose logits nobody wants do not go through the KV-shared layers.
+        features: key of every media span that the step touches -> its soft tokens [length, D].
+    """
     count = np.fromiter((item.count for item in items), np.int64, len(items))
     context = np.fromiter((item.context for item in items), np.int64, len(items))
     wanted = np.fromiter((item.wanted for item in items), np.int64, len(items))
@@ -40,7 +46,7 @@ def build(items: list[Item], cache: KVCache, device: torch.device, *, skip: bool
         "context": context.astype(np.int32),
         "position": position.astype(np.int32),
     }
-    spans = [(item, base, span) for item, base in zip(items, start, strict=False) for span in _spans(item)]
+    spans = [(item, base, span) for item, base in zip(items, start, strict=False) for span in spans_of(item)]
     if any(span.two_way for _, _, span in spans):
         arrays["see_until"] = _see_until(spans, position).astype(np.int32)
     every = int(wanted.sum()) == total
@@ -57,7 +63,7 @@ def build(items: list[Item], cache: KVCache, device: torch.device, *, skip: bool
     kinds: tuple[Kind, ...] = ("sliding", "global")
     past = {kind: Past(t[f"{kind}_table"], first[kind], t[f"{kind}_slots"], longest[kind]) for kind in kinds}
     only = t["tail_index"] if not every and not skip else None
-    soft = _soft(spans, encode, device) if spans else None
+    soft = _soft(spans, features, device) if spans else None
     return Batch(t["ids"], t["start"], t["context"], rows, tail, only, past, cache.store.by_layer, soft)
 
 
@@ -109,7 +115,8 @@ def _pages(
 # Media ----------------------------------------------------------------------------------------------------------------
 
 
-def _spans(item: Item) -> list[SoftSpan]:
+def spans_of(item: Item) -> list[SoftSpan]:
+    """The media spans that an item's part of the step touches."""
     end = item.context + item.count
     return [s for s in item.track.request.spans if s.start < end and s.start + s.length > item.context]
 
@@ -124,15 +131,16 @@ def _see_until(spans: list[tuple[Item, int, SoftSpan]], position: Array) -> Arra
     return reach
 
 
-def _soft(spans: list[tuple[Item, int, SoftSpan]], encode: Encode, device: torch.device) -> SoftTokens:
-    index, features = [], []
-    encoded = encode([span for _, _, span in spans])
-    for (item, base, span), whole in zip(spans, encoded, strict=True):
+def _soft(
+    spans: list[tuple[Item, int, SoftSpan]], features: Mapping[bytes, Tensor], device: torch.device
+) -> SoftTokens:
+    index, rows = [], []
+    for item, base, span in spans:
         low = max(span.start, item.context)
         high = min(span.start + span.length, item.context + item.count)
         index.append(torch.arange(low, high) + int(base) - item.context)
-        features.append(whole[low - span.start : high - span.start])
-    return SoftTokens(torch.cat(index).to(device), torch.cat(features))
+        rows.append(features[span.key][low - span.start : high - span.start])
+    return SoftTokens(torch.cat(index).to(device), torch.cat(rows))
 
 
 # Transfer -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from ..errors import ContextError, RequestError
 from ..kv.cache import KVCache
 from ..model.gemma4 import Gemma4
 from . import sampler
-from .batching import build
+from .batching import build, spans_of
+from .encoder import Encoder, Features
 from .options import EngineOptions, plan_cache
 from .request import Request, StepOutput, TokenLogprob
 from .runner import Runner
@@ -51,6 +52,7 @@ class Engine:
         self.vocab_size = text.vocab_size
         self.max_model_len = max_model_len or text.max_position_embeddings
         self.runner = Runner(model, device)
+        self.encoder = Encoder(model, options.encoder_cache_tokens)
         self.stats = Stats()
         plan, snapshot_pages = plan_cache(text, options, self.max_model_len, device, dtype)
         self.cache = KVCache(
@@ -150,7 +152,10 @@ class Engine:
         self.stats.preemptions += len(plan.preempted)
         if not plan.items:
             return outputs
-        batch = build(plan.items, self.cache, self.device, skip=self.options.skip_unwanted, encode=self.runner.encode)
+        features = self._encode(plan)
+        if not plan.items:
+            return outputs + self._farewells()
+        batch = build(plan.items, self.cache, self.device, skip=self.options.skip_unwanted, features=features)
         planned = self.clock()
         try:
             logits = self.runner.run(batch)
@@ -170,6 +175,18 @@ class Engine:
         stats.sampler_seconds += done - ran
         stats.step_time.add(done - begin)
         return outputs
+
+    def _encode(self, plan: Plan) -> Features:
+        """The features that the step needs. Requests whose media can't be encoded end and leave the plan."""
+        touched = [(item, span) for item in plan.items for span in spans_of(item)]
+        if not touched:
+            return {}
+        features, faults = self.encoder.encode([span for _, span in touched])
+        for item, span in touched:
+            if span.key in faults and item in plan.items:
+                plan.items.remove(item)
+                self._fail(item.track, faults[span.key])
+        return features
 
     def _harvest(self, plan: Plan, logits: Tensor) -> list[StepOutput]:
         """After the model: name pages, keep windows, hand out prompt logits, draw tokens, part the replies."""

@@ -34,6 +34,8 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_snapshots: int | None = None
     """Windows kept for later requests; None: one per seat."""
+    encoder_cache_tokens: int = 16_384
+    """Soft tokens of images, frames and sounds whose features are kept for later steps and requests."""
     skip_unwanted: bool = True
     """Tokens whose logits nobody wants skip the KV-shared layers."""
 
