@@ -9,6 +9,7 @@
     │   └── MediaError        an image, a video or a sound can't be read or is not allowed
     ├── UnknownModelError     no such model, reply or file                exit 2, HTTP 404
     ├── AccessError           a key or a licence is missing               exit 2, HTTP 401
+    ├── NetworkError          the Hub can't be reached or broke off       exit 1, HTTP 503
     ├── BusyError             the queue is full; try again later          exit 1, HTTP 429
     └── EngineError           a fault of ours; one request fails, not all exit 1, HTTP 500
 
@@ -69,6 +70,12 @@ class AccessError(CabochonError):
 
     status = 401
     exit_code = 2
+
+
+class NetworkError(CabochonError):
+    """The Hub can't be reached, or a download broke off."""
+
+    status = 503
 
 
 class BusyError(CabochonError):

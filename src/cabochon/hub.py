@@ -5,22 +5,26 @@ Nothing here downloads unless `pull` is called: a model name in a script must no
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from . import variants
-from .errors import CheckpointError, UnknownModelError
+from .errors import AccessError, CheckpointError, InputError, NetworkError, UnknownModelError
 
 if TYPE_CHECKING:
-    pass
+    from huggingface_hub import HFCacheInfo
+    from huggingface_hub.hf_api import ModelInfo
 
 BUNDLED = Path(__file__).parent / "pebble"
 """The demonstration checkpoint that ships with the package."""
 
-_WANTED = ("*.json", "*.jinja", "*.safetensors")
-_GIB = 1 << 30
+_WANTED = (".json", ".jinja", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,8 @@ def locate(model: str | Path | None = None) -> Path:
     """The folder (or file) of a checkpoint that is on this machine already.
 
     Args:
-        model: a folder or a file; `owner/name`, `owner/name@revision` or an alias like `E2B` of something in the
-            Hugging Face cache; None for the bundled checkpoint.
+        model: a folder or a file; a name as `parse` reads it of something in the Hugging Face cache; None for the
+            bundled checkpoint.
 
     Raises:
         UnknownModelError: nothing of that name is here; the message says how to get it.
@@ -55,22 +59,25 @@ def locate(model: str | Path | None = None) -> Path:
         return path
     if isinstance(model, Path) or _is_path(model):
         raise UnknownModelError(f"There is no file or folder {model}.")
-    repo, revision = parse(model)
+    repo, revision, file = parse(model)
     found = _cached_snapshot(repo, revision)
-    if found is None:
+    if found is None or (file and not (found / file).is_file()):
         raise UnknownModelError(
             f"{model} isn't on this machine; {_hint(model, f'fetch it with: cabochon pull {model}')}"
         )
     missing = missing_files(found)
-    if missing:
+    if missing and not file:
         raise CheckpointError(
             f"Of {repo} only a part is on this machine ({missing[0]} is missing); go on with: cabochon pull {model}"
         )
-    return found
+    return found / file if file else found
 
 
-def parse(name: str) -> tuple[str, str]:
-    """`owner/name[@revision]` or an alias -> (repository, revision).
+def parse(name: str) -> tuple[str, str, str | None]:
+    """A name -> (repository, revision, file).
+
+    Names are `owner/name` or an alias like `E2B`, with `@revision` behind it if need be, and `owner/name/file.gguf` for
+    one file of a repository that holds several.
 
     Raises:
         UnknownModelError: no repository has such a name; the message suggests one.
@@ -78,10 +85,11 @@ def parse(name: str) -> tuple[str, str]:
     name, _, revision = name.partition("@")
     variant = variants.lookup(name)
     if variant is not None:
-        return variant.repo, revision or "main"
-    if name.count("/") != 1 or not all(name.split("/")):
+        return variant.repo, revision or "main", None
+    parts = name.split("/")
+    if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and not name.endswith(".gguf")):
         raise UnknownModelError(f"There is no model {name!r}; {_hint(name, 'see: cabochon models')}")
-    return name, revision or "main"
+    return "/".join(parts[:2]), revision or "main", parts[2] if len(parts) == 3 else None
 
 
 def _hint(name: str, otherwise: str) -> str:
@@ -94,26 +102,222 @@ def _hint(name: str, otherwise: str) -> str:
 
 def missing_files(folder: Path) -> list[str]:
     """Names of the files that a checkpoint folder should have and hasn't."""
-    wanted = ["config.json"]
+    if any(folder.glob("*.gguf")):
+        return []
+    wanted = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif not any(folder.glob("*.gguf")):
-        wanted += ["model.safetensors"]
-    else:
-        wanted = []
-    return [name for name in wanted if not (folder / name).is_file()]
+        try:
+            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index} isn't an index of weight files.") from None
+    return [name for name in ("config.json", *wanted) if not (folder / name).is_file()]
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith((".gguf", ".safetensors", "/"))
+    return name.startswith((".", "/", "~")) or name.endswith((".safetensors", "/")) or name.count("/") > 2
+
+
+def _repo_folder(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _cached_snapshot(repo: str, revision: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """The folder of a revision (branch, tag or commit) in the cache, complete or not."""
+    folder = _repo_folder(repo)
+    reference = folder / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
 
+
+# The Hub --------------------------------------------------------------------------------------------------------------
+
+
+def pull(name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """Fetch a checkpoint into the Hugging Face cache and return its folder, or file. What is here already is kept.
+
+    Args:
+        name: as `parse` reads it.
+        progress: called with (bytes done, bytes in all), from one thread.
+
+    Raises:
+        AccessError: the licence isn't accepted, or HF_TOKEN is missing or wrong.
+        UnknownModelError: the Hub has no such repository, revision or file.
+        NetworkError: the Hub can't be reached, or broke off; another call goes on where this one stopped.
+        InputError: the disk is too full.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    repo, revision, file = parse(name)
+    with _explained(name, repo, revision):
+        info = HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+    sizes = _wanted_files(info, repo, file)
+    folder = _repo_folder(repo)
+    _check_room(
+        folder, sum(size for at, size in sizes.items() if not (folder / "snapshots" / str(info.sha) / at).is_file())
+    )
+    meter, path = _Meter(sum(sizes.values()), progress), ""
+    for at, size in sizes.items():
+        with _explained(name, repo, revision, at):
+            # Any callable that makes something like a bar will do for the client.
+            bar = cast(Any, meter.bar)
+            path = hf_hub_download(repo, at, revision=revision, endpoint=constants.ENDPOINT, tqdm_class=bar)
+        meter.file_done(size)
+    return Path(path) if file else Path(path).parent
+
+
+def _wanted_files(info: ModelInfo, repo: str, file: str | None) -> dict[str, int]:
+    """Name -> bytes, small files first, so that a missing licence or a wrong name shows at once."""
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or [] if "/" not in sibling.rfilename}
+    if file is not None:
+        if file not in sizes:
+            raise UnknownModelError(f"{repo} has no file {file}; it has {', '.join(sorted(sizes)) or 'none'}.")
+        return {file: sizes[file]}
+    wanted = {name: size for name, size in sizes.items() if Path(name).suffix in _WANTED}
+    if not any(name.endswith(".safetensors") for name in wanted):
+        ggufs = sorted(name for name in sizes if name.endswith(".gguf") and not name.startswith("mmproj"))
+        hint = f"; pull one of its GGUF files: {repo}/{ggufs[0]}" if ggufs else ""
+        raise UnknownModelError(f"{repo} holds no safetensors{hint}.")
+    return dict(sorted(wanted.items(), key=lambda item: item[1]))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"The files need {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free under {there}; "
+            "make room, or set HF_HOME to a folder on another disk."
+        )
+
+
+class _Meter:
+    """Adds up the progress of several files; each `bar` has as much of tqdm's face as the Hub's client uses."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self._total = total
+        self._progress = progress
+        self._before = 0
+        self._file = 0
+
+    def bar(self, *, initial: int = 0, **_: Any) -> _Meter:
+        self._file = 0
+        self.update(initial)
+        return self
+
+    def update(self, count: float = 1) -> None:
+        self._file += int(count)
+        self._progress(min(self._before + self._file, self._total), self._total)
+
+    def file_done(self, size: int) -> None:
+        self._before, self._file = self._before + size, 0
+        self._progress(self._before, self._total)
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+
+@contextmanager
+def _explained(name: str, repo: str, revision: str, file: str | None = None) -> Iterator[None]:
+    """Failures of the Hub's client as one sentence with the remedy."""
+    import httpx
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
     try:
-        return Path(str(snapshot_download(repo, revision=revision, local_files_only=True)))
-    except (LocalEntryNotFoundError, HFValidationError):
+        yield
+    except errors.GatedRepoError:
+        raise AccessError(
+            f"{repo} is gated: accept its licence at {page}, make a token at {constants.ENDPOINT}/settings/tokens "
+            "and set HF_TOKEN to it."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UnknownModelError(f"{repo} has no revision {revision}; see {page}/commits/main.") from None
+    except errors.RepositoryNotFoundError:
+        otherwise = "check the spelling, and HF_TOKEN if it is private"
+        raise UnknownModelError(f"The Hub shows no repository {repo}; {_hint(name, otherwise)}.") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise AccessError(
+                f"The Hub refuses access to {repo} ({status}); set HF_TOKEN to a valid token from "
+                f"{constants.ENDPOINT}/settings/tokens."
+            ) from None
+        raise NetworkError(f"The Hub answered {status} for {file or repo}; try again later.") from None
+    except (httpx.ConnectError, httpx.ConnectTimeout, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise NetworkError(
+            f"The Hub at {constants.ENDPOINT} can't be reached; check the network and HF_HUB_OFFLINE, "
+            "or give the path of a folder that holds the checkpoint."
+        ) from None
+    except (httpx.HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise InputError("The disk is full; make room, or set HF_HOME to a folder on another disk.") from None
+        raise NetworkError(
+            f"The download of {file or repo} broke off; the same command again goes on where it stopped."
+        ) from None
+
+
+# What is here ---------------------------------------------------------------------------------------------------------
+
+
+def cached() -> list[Cached]:
+    """The family's checkpoints in the Hugging Face cache, by name."""
+    return [
+        Cached(repo.repo_id, revision.commit_hash, revision.snapshot_path, revision.size_on_disk, complete)
+        for repo in _cache().repos
+        for revision in sorted(repo.revisions, key=lambda each: each.last_modified)
+        if repo.repo_type == "model" and (complete := _is_ours(revision.snapshot_path)) is not None
+    ]
+
+
+def remove(name: str) -> int:
+    """Delete a repository, or with `@revision` one commit of it, from the cache; returns the bytes set free.
+
+    Raises:
+        UnknownModelError: it isn't in the cache.
+    """
+    repo, revision, _ = parse(name)
+    only = _cached_snapshot(repo, revision) if "@" in name else None
+    commits = [
+        each.commit_hash
+        for found in _cache().repos
+        if found.repo_id == repo
+        for each in found.revisions
+        if "@" not in name or (only is not None and each.commit_hash == only.name)
+    ]
+    if not commits:
+        raise UnknownModelError(f"{name} isn't on this machine; see: cabochon list")
+    strategy = _cache().delete_revisions(*commits)
+    freed = strategy.expected_freed_size
+    strategy.execute()
+    return int(freed)
+
+
+def _cache() -> HFCacheInfo:
+    from huggingface_hub import constants, scan_cache_dir
+
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # or the scan of a fresh machine fails
+    return scan_cache_dir(constants.HF_HUB_CACHE)
+
+
+def _is_ours(folder: Path) -> bool | None:
+    """Whether a snapshot is complete; None if it is no checkpoint of the family."""
+    if any(folder.glob("*.gguf")):
+        return True if "gemma" in folder.parent.parent.name.lower() else None
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    except (OSError, ValueError, AttributeError):
         return None
+    return not missing_files(folder) if str(kind).startswith("gemma4") else None

@@ -93,6 +93,19 @@ def published_template(folder: Path) -> str | None:
     return source if isinstance(source, str) else None
 
 
+def describe_template(folder: Path) -> str:
+    """How a folder's conversations are rendered, in a few words."""
+    source = published_template(folder)
+    if source is None:
+        return "none of its own; rendered natively"
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    if digest in KNOWN:
+        return f"July 2026, {KNOWN[digest]} models; rendered natively"
+    if digest in OUTDATED:
+        return "outdated; the one of July 2026 is used instead"
+    return f"its own (sha256 {digest[:12]}...); rendered through Jinja"
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

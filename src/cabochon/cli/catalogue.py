@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .. import variants
+from .. import hub, variants
+from ..errors import InputError
+from . import inputs
+
+Name = Annotated[
+    str, typer.Argument(help="A short name (E2B), owner/name, owner/name@revision or owner/name/file.gguf.")
+]
 
 
 def models() -> None:
@@ -22,6 +32,77 @@ def models() -> None:
         f"\nRepositories are {variants.OWNER}'s. Base models and drafters: E2B-base, E2B-assistant, and so on.\n"
         "random:E2B makes a model of true shape with random weights. No name at all: the bundled model."
     )
+
+
+def pull(model: Name) -> None:
+    """Fetch a model into the Hugging Face cache; goes on where an earlier pull stopped."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(model, total=None)
+        path = hub.pull(model, lambda done, total: progress.update(bar, completed=done, total=total))
+    print(path)
+
+
+def list_models() -> None:
+    """The models on this machine."""
+    table = _table("repository", "revision", "size", "state")
+    for found in hub.cached():
+        state = "complete" if found.complete else "partial: pull again"
+        table.add_row(found.repo, found.revision[:8], _gigabytes(found.size), state)
+    table.add_row("pebble (bundled)", "", _gigabytes(sum(f.stat().st_size for f in hub.BUNDLED.iterdir())), "complete")
+    _console().print(table)
+
+
+def show(
+    model: Annotated[str | None, typer.Argument(help="As for pull, or a folder; none: the bundled one.")] = None,
+) -> None:
+    """What a model on this machine is made of."""
+    from ..chat.jinja import describe_template
+    from ..config import read_config
+
+    folder = hub.locate(model)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a single file; show reads checkpoint folders.")
+    config = read_config(folder)
+    text = config.text
+    reads = ["text", *(name for name, part in (("image video", config.vision), ("audio", config.audio)) if part)]
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = {
+        "folder": folder,
+        "kind": config.model_type,
+        "layers": f"{len(text.layers)} of width {text.hidden_size}",
+        "vocabulary": f"{text.vocab_size:,}",
+        "context": f"{text.max_position_embeddings:,}",
+        "reads": " ".join(reads),
+        "stored": f"{_gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files, {config.dtype}",
+        "template": describe_template(folder),
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    _console().print(table)
+
+
+def rm(
+    model: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Delete a model from the Hugging Face cache."""
+    if not yes:
+        if inputs.piped():
+            raise InputError(f"rm would delete {model}; confirm with --yes.")
+        typer.confirm(f"Delete {model} from the cache?", abort=True)
+    print(f"{_gigabytes(hub.remove(model))} freed")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _console() -> Console:
