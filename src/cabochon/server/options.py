@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 MIB = 1 << 20
 
@@ -33,3 +34,5 @@ class ServerOptions:
     responses_kept: int = 1000
     """Responses that can be continued or fetched, the latest first to stay."""
     log_prompts: bool = False
+    media_limits: Mapping[str, int] = field(default_factory=dict)
+    """Most parts of a kind (image, video, audio) in one request; a kind that isn't named has no limit."""

@@ -1,7 +1,7 @@
 """Serving until told to stop, then finishing what runs.
 
-uvicorn raises the signal again after its shutdown, so a drained server would die of SIGTERM instead of leaving with 0; and it
-answers new requests on open connections while it drains. Both are settled here.
+uvicorn raises the signal again after its shutdown, so a drained server would die of SIGTERM instead of leaving with 0;
+and it answers new requests on open connections while it drains. Both are settled here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socket import socket
 
 import uvicorn
 
@@ -37,8 +38,8 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._leave, signal.Signals(number).name)
         yield
 
-    async def startup(self, sockets: list[object] | None = None) -> None:
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
         if self._on_ready is not None and not self.should_exit:
             self._on_ready()
 

@@ -9,10 +9,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from ..chat.messages import Prompt
+from ..chat.messages import Media, Prompt
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import SamplingParams
-from ..errors import BusyError, InputError, UnknownModelError
+from ..errors import BusyError, InputError, RequestError, UnknownModelError
 from ..llm import AsyncLLM, Chunk
 from .ask import Ask, Shape
 from .faults import TooSlowError
@@ -57,6 +57,7 @@ class Service:
 
     async def chat(self, ask: Ask, identity: str) -> AsyncGenerator[Chunk]:
         """The chunks of all replies; closing the iterator frees their pages at the next step."""
+        self._check_media(ask)
         with self._admitted(ask.params.n):
             rules, afterwards = await asyncio.to_thread(self.constrainer.rules, ask)
             if self.options.log_prompts:
@@ -97,6 +98,15 @@ class Service:
             raise TooSlowError(
                 f"The request took longer than {self.options.request_timeout:g} seconds; ask for fewer tokens."
             ) from None
+
+    def _check_media(self, ask: Ask) -> None:
+        kinds: list[str] = [
+            part.kind for message in ask.messages for part in message.content if isinstance(part, Media)
+        ]
+        for kind, most in self.options.media_limits.items():
+            count = kinds.count(kind)
+            if count > most:
+                raise RequestError(f"messages hold {count} {kind} parts, but {most} is the most.", "messages")
 
     def _bounded(self, params: SamplingParams) -> SamplingParams:
         most = self.options.max_output_tokens

@@ -1,0 +1,54 @@
+"""`cabochon serve`: a model behind OpenAI's and Anthropic's protocols, and a page to try it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+
+import typer
+
+from .serve_flags import ServeSettings, read_settings
+
+SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+"""The flags are read by `serve_flags`; typer only names the command."""
+
+
+def serve(context: typer.Context) -> None:
+    """Serve a model over HTTP (OpenAI's and Anthropic's protocols, and a page). `serve --help` lists the flags."""
+    settings = read_settings(context.args)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    log = logging.getLogger("cabochon.server")
+    for notice in settings.notices:
+        log.info(notice)
+    run(settings)
+
+
+def run(settings: ServeSettings) -> None:
+    """Load the model and serve until told to stop."""
+    from ..chat.jinja import template_for
+    from ..llm import AsyncLLM
+    from ..llm.loading import load
+    from ..media.source import Policy
+    from ..server.options import ServerOptions
+    from ..server.run import serve as serve_forever
+
+    loaded = load(settings.model, settings.device, settings.dtype)
+    if settings.chat_template is not None and loaded.tokenizer is not None:
+        template = template_for(None, loaded.tokenizer, "small", settings.chat_template)
+        loaded = replace(loaded, template=template)
+    llm = AsyncLLM.of(
+        loaded,
+        max_model_len=settings.max_model_len,
+        policy=Policy(folder=settings.media_folder, max_bytes=settings.media_bytes),
+        loop_guard=settings.loop_guard,
+        media_options=settings.media_options,
+        **settings.engine,
+    )
+    names = settings.names or tuple(dict.fromkeys(name for name in (settings.model, loaded.name) if name))
+    options = ServerOptions(names=names, **settings.server)
+
+    def announce() -> None:
+        print(f"{names[0]} is ready at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+
+    serve_forever(llm, options, announce)

@@ -1,0 +1,154 @@
+"""`cabochon serve`'s flags: the argument lists that the published recipes print after `vllm serve` or `vllm-openai`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cabochon.cli.serve_flags import ServeSettings, read_settings
+from cabochon.engine.options import EngineOptions
+from cabochon.errors import InputError
+from cabochon.server.options import ServerOptions
+
+RECIPES = {
+    "quick start": "google/gemma-4-E4B-it --max-model-len 131072",
+    "26B on one GPU": "google/gemma-4-26B-A4B-it --max-model-len 32768 --gpu-memory-utilization 0.90 "
+    "--max-num-batched-tokens 4096",
+    "docker": "--model google/gemma-4-26B-A4B-it --max-model-len 32768 --gpu-memory-utilization 0.90 "
+    "--max-num-batched-tokens 4096 --host 0.0.0.0 --port 8000",
+    "docker on AMD": "--model google/gemma-4-E2B-it --host 0.0.0.0 --port 8000",
+    "docker on Xeon": "google/gemma-4-26B-A4B-it --tensor-parallel-size 1 --enable-auto-tool-choice "
+    "--tool-call-parser gemma4 --chat-template examples/tool_chat_template_gemma4.jinja --reasoning-parser gemma4",
+    "TPU": "--model google/gemma-4-E2B-it --max-model-len 16384 --disable_chunked_mm_input --host 0.0.0.0 --port 8000",
+    "full-featured E2B": "google/gemma-4-E2B-it --max-model-len 16384 --gpu-memory-utilization 0.90 "
+    "--enable-auto-tool-choice --reasoning-parser gemma4 --tool-call-parser gemma4 "
+    "--chat-template examples/tool_chat_template_gemma4.jinja "
+    """--limit-mm-per-prompt '{"image": 4, "audio": 1}' --async-scheduling --host 0.0.0.0 --port 8000""",
+    "full-featured 26B": "google/gemma-4-26B-A4B-it --max-model-len 16384 --gpu-memory-utilization 0.90 "
+    "--max-num-batched-tokens 4096 --enable-auto-tool-choice --reasoning-parser gemma4 --tool-call-parser gemma4 "
+    "--chat-template examples/tool_chat_template_gemma4.jinja --limit-mm-per-prompt.image 4 --async-scheduling "
+    "--host 0.0.0.0 --port 8000",
+    "thinking": "google/gemma-4-E2B-it --max-model-len 16384 --reasoning-parser gemma4 --tool-call-parser gemma4 "
+    "--enable-auto-tool-choice --chat-template examples/tool_chat_template_gemma4.jinja",
+    "images only": "google/gemma-4-E2B-it --limit-mm-per-prompt.audio 0",
+    "text only": """google/gemma-4-E2B-it --limit-mm-per-prompt '{"image": 0, "audio": 0}'""",
+    "language model only": "google/gemma-4-26B-A4B-it --language-model-only",
+    "vision budget": """google/gemma-4-31B-it --mm-processor-kwargs '{"max_soft_tokens": 560}'""",
+    "fp8 cache": "RedHatAI/gemma-4-26B-A4B-it-FP8-dynamic --kv-cache-dtype fp8 --gpu-memory-utilization 0.92 "
+    "--max-model-len 131072 --max-num-seqs 1",
+    "Blackwell desktop": "nvidia/Gemma-4-26B-A4B-NVFP4 --gpu-memory-utilization 0.92 --max-model-len 262144 "
+    "--max-num-seqs 64 --max-num-batched-tokens 8192 --enable-chunked-prefill --enable-prefix-caching "
+    "--load-format fastsafetensors",
+    "small Blackwell": "nvidia/Gemma-4-26B-A4B-NVFP4 --kv-cache-dtype fp8 --gpu-memory-utilization 0.9 "
+    "--max-num-batched-tokens 4096 --enable-prefix-caching --enable-chunked-prefill --async-scheduling "
+    "--max-num-seqs 4",
+    "eager with a backend": "google/gemma-4-E4B --host=0.0.0.0 --port=8000 --max-model-len=131072 "
+    "--gpu-memory-utilization=0.90 --kv-cache-dtype=fp8 --dtype=bfloat16 --enforce-eager --max-num-seqs=8 "
+    "--attention-backend=TRITON_ATTN --async-scheduling",
+    "own names and keys": "google/gemma-4-31B-it --served-model-name gemma4 best --api-key one --trust-remote-code "
+    "--dtype bfloat16",
+    "experts": "google/gemma-4-26B-A4B-it --enable-expert-parallel --quantization compressed-tensors",
+}
+"""What the recipes print. All of these start."""
+
+REFUSED = {
+    "31B on two GPUs": (
+        "google/gemma-4-31B-it --tensor-parallel-size 2 --max-model-len 32768 --gpu-memory-utilization 0.90",
+        "--tensor-parallel-size 2: splitting a model over several devices is not available yet; start with 1.",
+    ),
+    "short form": ("google/gemma-4-31B-it -tp 4", "splitting a model over several devices"),
+    "drafter": (
+        "google/gemma-4-E2B-it --speculative-config "
+        """'{"model":"google/gemma-4-E2B-it-assistant","num_speculative_tokens":2}'""",
+        "--speculative-config: speculative decoding is not served yet; without it the answers are the same.",
+    ),
+    "copies": ("google/gemma-4-26B-A4B-it --data-parallel-size 2", "start one server per copy"),
+    "online quantisation": ("google/gemma-4-E2B-it --quantization fp8", "load a checkpoint that is quantised already"),
+    "another parser": ("google/gemma-4-E2B-it --tool-call-parser hermes", "the parser is gemma4"),
+    "another cache": ("google/gemma-4-E2B-it --kv-cache-dtype nvfp4", "must be auto, fp8 \\(e4m3\\) or int8"),
+    "no such flag": ("google/gemma-4-E2B-it --turbo", "--turbo"),
+    "no such template": ("google/gemma-4-E2B-it --chat-template nowhere.jinja", "which is no file"),
+    "two models": ("google/gemma-4-E2B-it --model google/gemma-4-E4B-it", "one is served at a time"),
+    "a bad limit": ("google/gemma-4-E2B-it --limit-mm-per-prompt smell=1", "image, video or audio"),
+    "a bad option": ("""m --mm-processor-kwargs '{"size": 224}'""", "holds 'size', but known are"),
+    "a bad length": ("m --max-model-len long", "must be a number of tokens"),
+}
+
+
+def read(line: str, **environment: str) -> ServeSettings:
+    return read_settings(shlex.split(line), environment)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_start(name: str) -> None:
+    settings = read(RECIPES[name])
+    assert settings.model is not None
+    assert settings.model.split("/")[1].lower().startswith("gemma-4")
+    EngineOptions(**settings.engine)
+    ServerOptions(names=("x",), **settings.server)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_there_is_refused_with_the_reason(name: str) -> None:
+    line, sentence = REFUSED[name]
+    with pytest.raises(InputError, match=sentence):
+        read(line)
+
+
+def test_flags_reach_their_place() -> None:
+    settings = read(RECIPES["full-featured 26B"])
+    assert settings.max_model_len == 16384
+    assert settings.engine == {"max_num_batched_tokens": 4096, "gpu_memory_utilization": 0.9}
+    assert settings.server["media_limits"] == {"image": 4}
+    assert (settings.server["host"], settings.server["port"]) == ("0.0.0.0", 8000)
+    assert settings.chat_template is None
+    assert sorted(notice.split()[0].rstrip(":") for notice in settings.notices) == [
+        "--async-scheduling",
+        "--chat-template",
+        "--enable-auto-tool-choice",
+        "--reasoning-parser",
+        "--tool-call-parser",
+    ]
+    assert read(RECIPES["own names and keys"]).names == ("gemma4", "best")
+    assert read(RECIPES["language model only"]).server["media_limits"] == {"image": 0, "video": 0, "audio": 0}
+    assert read(RECIPES["vision budget"]).media_options == {"max_soft_tokens": 560}
+    assert read("m --limit-mm-per-prompt image=2,video=1").server["media_limits"] == {"image": 2, "video": 1}
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32768", 32768), ("32k", 32000), ("32K", 32768), ("auto", None)])
+def test_lengths(text: str, tokens: int | None) -> None:
+    assert read(f"m --max-model-len {text}").max_model_len == tokens
+
+
+def test_file_environment_and_line_in_rising_order(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: from-file\nport: 1\nmax-num-seqs: 4\nserved-model-name: [a, b]\nenable_prefix_caching: false\n"
+        "enable-auto-tool-choice: true\nlimit-mm-per-prompt: {image: 3}\n"
+    )
+    settings = read(f"--config {file} --port 3", CABOCHON_PORT="2", CABOCHON_MAX_NUM_SEQS="8", CABOCHON_HOME="/x")
+    assert settings.model == "from-file"
+    assert settings.server["port"] == 3
+    assert settings.engine == {"max_num_seqs": 8, "enable_prefix_caching": False}
+    assert settings.names == ("a", "b")
+    assert settings.server["media_limits"] == {"image": 3}
+    assert read("", CABOCHON_API_KEY="k", CABOCHON_LANGUAGE_MODEL_ONLY="1").server["api_keys"] == ("k",)
+    file.write_text("prot: 1\n")
+    with pytest.raises(InputError, match="'prot', which is no flag"):
+        read(f"--config {file}")
+    file.write_text("- a\n")
+    with pytest.raises(InputError, match="must hold flags"):
+        read(f"--config {file}")
+    with pytest.raises(InputError, match="can't be read"):
+        read("--config nowhere.yaml")
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\none\n\ntwo\n")
+    assert read(f"m --api-key-file {file} --api-key three").server["api_keys"] == ("three", "one", "two")
+    file.write_text("\n")
+    with pytest.raises(InputError, match="holds no key"):
+        read(f"m --api-key-file {file}")
