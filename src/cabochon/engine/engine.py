@@ -51,7 +51,7 @@ class Engine:
         self.options, self.device, self.clock = options, device, clock
         self.vocab_size = text.vocab_size
         self.max_model_len = max_model_len or text.max_position_embeddings
-        self.runner = Runner(model, device)
+        self.runner = Runner(model, device, record=options.cuda_graphs)
         self.encoder = Encoder(model, options.encoder_cache_tokens)
         self.stats = Stats()
         plan, snapshot_pages = plan_cache(text, options, self.max_model_len, device, dtype)

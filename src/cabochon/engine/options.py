@@ -38,6 +38,8 @@ class EngineOptions:
     """Soft tokens of images, frames and sounds whose features are kept for later steps and requests."""
     skip_unwanted: bool = True
     """Tokens whose logits nobody wants skip the KV-shared layers."""
+    cuda_graphs: bool = False
+    """Replay decode steps from CUDA graphs; off until it has been timed on a GPU (docs/gpu.md)."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):

@@ -7,17 +7,21 @@ from torch import Tensor
 
 from ..model.batch import Batch
 from ..model.gemma4 import Gemma4
+from .graphs import Recorder, takes
 
 
 class Runner:
-    """A model on its device."""
+    """A model on its device; `record`: decode steps are replayed from CUDA graphs where there is CUDA."""
 
-    def __init__(self, model: Gemma4, device: torch.device) -> None:
+    def __init__(self, model: Gemma4, device: torch.device, *, record: bool = False) -> None:
         self.model = model
         self.device = device
+        self.recorder = Recorder(model) if record and device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """The wanted rows' logits [L, V] float32 (float64 for a float64 model)."""
+        if self.recorder is not None and takes(batch):
+            return self.recorder.run(batch)
         logits: Tensor = self.model(batch)
         return logits
