@@ -1,7 +1,7 @@
 """One function per op; the arguments and results are documented once, in `ops.reference`.
 
-Each call goes to the fastest implementation at hand for the tensor's device: `ops.gpu` (Triton, for CUDA and ROCm),
-else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
+Each call goes to the fastest implementation at hand for the tensor's device: `ops.cpu` (C++), `ops.gpu` (Triton, for
+CUDA and ROCm), else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from . import gpu, reference
-from .reference import Weight, attend_all, route
+from . import cpu, gpu, reference
+from .reference import Weight, attend_all
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
@@ -43,6 +43,8 @@ R = TypeVar("R")
 
 def _twin(x: Tensor) -> ModuleType:
     """The module whose functions take `x`."""
+    if cpu.ready(x):
+        return cpu
     return gpu if gpu.ready(x) else reference
 
 
@@ -63,6 +65,7 @@ embed = _by(0, reference.embed)
 rms_norm = _by(0, reference.rms_norm)
 rope = _by(0, reference.rope)
 gated_mlp = _by(0, reference.gated_mlp)
+route = _by(0, reference.route)
 experts = _by(0, reference.experts)
 store = _by(1, reference.store)
 attend = _by(0, reference.attend)

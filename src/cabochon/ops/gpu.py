@@ -89,12 +89,6 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     return y
 
 
-def route(
-    x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    return reference.route(x, proj, scale, per_expert_scale, top_k, eps)
-
-
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     y: Tensor = kernels()[1].experts(x, chosen, weights, gate_up, down)
     return y

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to their type as transformers does -> [T, D]."""
     rows = dequantize(table.rows(ids)) if isinstance(table, QuantTensor) else F.embedding(ids, table)
-    return rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+    return rows * torch.tensor(scale, dtype=rows.dtype).item()  # rounded on the host: a GPU can't be asked in a graph
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -64,12 +64,15 @@ def route(
 
     Softmax over all experts in float32, the chosen ones renormalised to sum 1, then times the expert's own scale.
     """
-    t = rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5
-    scores = linear(t, proj)
+    return choose(linear(rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5, proj), per_expert_scale, top_k)
+
+
+def choose(scores: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The second half of `route`: `scores` [T, E] -> chosen experts and weights [T, top_k]."""
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights, chosen = probs.topk(top_k, -1)
     weights = weights / weights.sum(-1, keepdim=True) * per_expert_scale[chosen]
-    return chosen, weights.to(x.dtype)
+    return chosen, weights.to(scores.dtype)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -113,9 +116,9 @@ def attend(
     slices of width H at `key_offset` and `value_offset` of its row.
     """
     head = q.shape[-1]
-    if past is None and rows.index is None and rows.see_until is rows.position:
+    if past is None and rows.see_until is rows.position:
         key, value = step[..., key_offset : key_offset + head], step[..., value_offset : value_offset + head]
-        return _attend_together(q, key, value, rows, window)
+        return _attend_together(q, key, value, rows, start, window)
     out = []
     bounds, first_rows, begin = start.tolist(), rows.start.tolist(), context.tolist()
     for r in range(len(begin)):
@@ -132,31 +135,51 @@ def attend(
     return torch.cat(out) if out else torch.empty_like(q)
 
 
-def _attend_together(q: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int | None) -> Tensor:
+def _attend_together(q: Tensor, key: Tensor, value: Tensor, rows: Rows, start: Tensor, window: int | None) -> Tensor:
     """Whole sequences without two-way spans, as in training: padded to the longest and attended in one call."""
-    requests, longest, heads = rows.start.shape[0] - 1, rows.longest, q.shape[1]
-    place = None
-    if q.shape[0] != requests * longest:
-        request = torch.arange(requests, device=q.device).repeat_interleave(rows.start.diff(), output_size=q.shape[0])
-        place = request * longest + rows.position
+    longest = rows.longest if rows.index is None else int(start.diff().max())
+    place = _places(rows.start, rows.longest, q.shape[0])
+    key_place = place if rows.index is None else _places(start, longest, key.shape[0])
+    requests, heads = start.shape[0] - 1, q.shape[1]
 
-    def spread(x: Tensor) -> Tensor:
-        if place is not None:
-            x = x.new_zeros(requests * longest, *x.shape[1:]).index_copy(0, place, x)
-        x = x.unflatten(0, (requests, longest)).transpose(1, 2)  # [R, N or K, longest, H]
+    def spread(x: Tensor, at: Tensor | None, length: int) -> Tensor:
+        if at is not None:
+            x = x.new_zeros(requests * length, *x.shape[1:]).index_copy(0, at, x)
+        x = x.unflatten(0, (requests, length)).transpose(1, 2)  # [R, N or K, length, H]
         # Repeated heads: with enable_gqa the CPU has no fused backward.
         return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
     # Padding comes last, so no row sees it.
     seen = None
-    if window is not None and window < longest:
+    if rows.index is not None or (window is not None and window < longest):
+        position = rows.position
+        if place is not None:
+            position = position.new_zeros(requests * rows.longest).index_copy(0, place, position)
+        position = position.view(requests, 1, rows.longest, 1)
         at = torch.arange(longest, device=q.device)
-        seen = (at <= at[:, None]) & (at > at[:, None] - window)
+        seen = at <= position
+        if window is not None:
+            seen &= at > position - window
     out = F.scaled_dot_product_attention(
-        spread(q), spread(key), spread(value), attn_mask=seen, is_causal=seen is None, scale=1.0
+        spread(q, place, rows.longest),
+        spread(key, key_place, longest),
+        spread(value, key_place, longest),
+        attn_mask=seen,
+        is_causal=seen is None,
+        scale=1.0,
     )
     out = out.transpose(1, 2).flatten(0, 1)
     return out if place is None else out[place]
+
+
+def _places(start: Tensor, longest: int, count: int) -> Tensor | None:
+    """Where each of `count` packed rows lies once every request is padded to `longest`; None: they lie there already."""
+    requests = start.shape[0] - 1
+    if count == requests * longest:
+        return None
+    row = torch.arange(count, device=start.device)
+    request = torch.arange(requests, device=start.device).repeat_interleave(start.diff(), output_size=count)
+    return request * longest + row - start[request]
 
 
 def _read_past(pages: Pages, past: Past, r: int, until: int, dtype: torch.dtype) -> Tensor:

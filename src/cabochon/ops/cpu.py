@@ -1,0 +1,244 @@
+"""The ops through the C++ kernels of `csrc/`, for float32 and bfloat16; what they don't take goes to `reference`.
+
+A row's result is the same bits whatever rows stand beside it and whatever the number of threads is, which torch's own
+matrix products don't promise. Integer weights are multiplied in integers: activations are rounded to 8 bits in groups
+of 32 (`quant.round_activations`), so the reference differs by that rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..quant import PANEL, QuantTensor
+from . import reference
+from .reference import Weight
+from .views import Pages, Past, Rows
+
+try:
+    from . import _cpu
+except ImportError:  # installed without a compiler; `cabochon doctor` says what that costs
+    _cpu = None  # type: ignore[assignment]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FORMATS = {"int8": 1, "int4": 2}
+_on = _cpu is not None
+
+
+def supported() -> list[str]:
+    """Names of the instruction sets that the kernels can use on this CPU, best first; empty without kernels."""
+    return _cpu.supported() if _cpu is not None else []
+
+
+def active() -> str:
+    """Name of the instruction set in use, or "reference"."""
+    return _cpu.active() if _on else "reference"
+
+
+def use(name: str) -> None:
+    """Use the kernels of instruction set `name`, or "reference" for none.
+
+    Raises:
+        InputError: this CPU, or this installation, has no such kernels.
+    """
+    global _on
+    if name not in (*supported(), "reference"):
+        raise InputError(f"no CPU kernels {name!r} here; there are {', '.join([*supported(), 'reference'])}")
+    _on = name != "reference"
+    if _on:
+        _cpu.use(name)
+
+
+if "CABOCHON_ISA" in os.environ:
+    use(os.environ["CABOCHON_ISA"])
+
+
+def ready(x: Tensor) -> bool:
+    """Are there kernels for `x`? Where gradients are recorded there are none."""
+    if not _on or x.dtype not in _DTYPES or not x.is_cpu or torch.is_grad_enabled():
+        return False
+    if _cpu.threads() != torch.get_num_threads():
+        _cpu.set_threads(torch.get_num_threads())
+    return True
+
+
+def _matrix(weight: Weight, x: Tensor) -> tuple[int, int, int, int, int, int] | None:
+    """What the kernels want to know of `weight` [.., O, I]; None when it is nothing for them."""
+    rows, cols = weight.shape[-2:]
+    if isinstance(weight, QuantTensor):
+        if weight.layout != "panels":
+            return None
+        return _FORMATS[weight.format], 0, weight.codes.data_ptr(), weight.scales.data_ptr(), rows, cols
+    if weight.dtype != x.dtype or not weight.is_contiguous():
+        return None
+    return 0, _DTYPES[weight.dtype], weight.data_ptr(), 0, rows, cols
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [.., I] as rows [M, I] whose numbers lie together."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    matrix = _matrix(weight, x)
+    if matrix is None:
+        return reference.linear(x, weight)
+    rows, dtype = _rows(x), _DTYPES[x.dtype]
+    y = x.new_empty(*x.shape[:-1], matrix[4])
+    _cpu.linear(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), matrix, y.data_ptr(), dtype, 0.0)
+    return y
+
+
+def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
+    matrix = _matrix(weight, x)
+    if matrix is None:
+        return reference.head(x, weight, softcap)
+    rows = _rows(x)
+    y = torch.empty(*x.shape[:-1], matrix[4], dtype=torch.float32)
+    _cpu.linear(
+        rows.data_ptr(), _DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, y.data_ptr(), 0, softcap or 0.0
+    )
+    return y
+
+
+def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    first, second, third = _matrix(gate, x), _matrix(up, x), _matrix(down, x)
+    if first is None or second is None or third is None or first[0] != second[0]:
+        return reference.gated_mlp(x, gate, up, down)
+    rows, dtype = _rows(x), _DTYPES[x.dtype]
+    y = torch.empty(*x.shape[:-1], third[4], dtype=x.dtype)
+    _cpu.gated(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), first, second, third, y.data_ptr())
+    return y
+
+
+def route(
+    x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    scores = linear(rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5, proj)
+    return reference.choose(scores, per_expert_scale, top_k)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    first, second = _matrix(gate_up, x), _matrix(down, x)
+    # The rows of `up` begin where those of `gate` end: in a panel of their own, or the kernels can't address them.
+    apart = not isinstance(gate_up, QuantTensor) or down.shape[-1] % PANEL == 0
+    if first is None or second is None or weights.dtype != x.dtype or not apart:
+        return reference.experts(x, chosen, weights, gate_up, down)
+    x, chosen, weights = _rows(x), chosen.contiguous(), weights.contiguous()
+    y = torch.empty_like(x)
+    _cpu.experts(
+        x.data_ptr(),
+        _DTYPES[x.dtype],
+        x.shape[0],
+        x.stride(0),
+        chosen.data_ptr(),
+        weights.data_ptr(),
+        chosen.shape[1],
+        gate_up.shape[0],
+        first,
+        second,
+        *_steps(gate_up),
+        *_steps(down),
+        y.data_ptr(),
+    )
+    return y
+
+
+def _steps(stacked: Weight) -> tuple[int, int]:
+    """Bytes from one expert's codes to the next one's, and the same of the scales."""
+    if isinstance(stacked, QuantTensor):
+        return (stacked.codes.nbytes // stacked.shape[0], stacked.scales.nbytes // stacked.shape[0])
+    return stacked.nbytes // stacked.shape[0], 0
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is not None and weight.dtype != x.dtype:
+        return reference.rms_norm(x, weight, eps)
+    rows = _rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _cpu.norm(
+        rows.data_ptr(),
+        _DTYPES[x.dtype],
+        rows.shape[0],
+        rows.shape[1],
+        rows.stride(0),
+        0 if weight is None else weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+    )
+    return y
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if cos.dtype != x.dtype or x.dim() != 3:
+        return reference.rope(x, cos, sin)
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    tokens, heads, head = x.shape
+    _cpu.rope(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), _DTYPES[x.dtype], tokens, heads, head, cos.shape[-1]
+    )
+    return y
+
+
+def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
+    if not isinstance(pages, Tensor) or pages.dtype != rows.dtype:
+        return reference.store(pages, rows, slots)
+    rows = rows.contiguous()
+    tokens = rows.shape[0]
+    if tokens:
+        _cpu.store(pages.data_ptr(), rows.data_ptr(), slots.data_ptr(), tokens, rows.nbytes // tokens)
+    return None
+
+
+def attend(
+    q: Tensor,
+    step: Tensor,
+    pages: Pages | None,
+    rows: Rows,
+    start: Tensor,
+    context: Tensor,
+    past: Past | None,
+    *,
+    key_offset: int,
+    value_offset: int,
+    window: int | None,
+) -> Tensor:
+    stored = past is not None and pages is not None
+    if step.dtype != q.dtype or (stored and (not isinstance(pages, Tensor) or pages.dtype != q.dtype)):
+        return reference.attend(
+            q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
+        )
+    q, step = q.contiguous(), step.contiguous()
+    out = torch.empty_like(q)
+    table, first, stored_rows = (past.table, past.first, pages) if past is not None and stored else (None, None, None)
+    assert table is None or table.is_contiguous()
+    _cpu.attend(
+        q.data_ptr(),
+        step.data_ptr(),
+        stored_rows.data_ptr() if isinstance(stored_rows, Tensor) else 0,
+        out.data_ptr(),
+        _DTYPES[q.dtype],
+        rows.start.data_ptr(),
+        rows.position.data_ptr(),
+        rows.see_until.data_ptr(),
+        start.data_ptr(),
+        context.data_ptr(),
+        0 if table is None else table.data_ptr(),
+        0 if first is None else first.data_ptr(),
+        context.shape[0],
+        q.shape[1],
+        step.shape[1],
+        q.shape[2],
+        step.shape[2],
+        key_offset,
+        value_offset,
+        window or 0,
+        0 if table is None else table.shape[1],
+        stored_rows.shape[1] if stored_rows is not None else 0,
+    )
+    return out

@@ -1,0 +1,234 @@
+// The ops that are products: linear (and the head), the gated MLP, routed experts.
+#pragma once
+
+#include "dense.h"
+#include "pool.h"
+
+namespace {
+
+constexpr long ROWS_AT_ONCE = 256;  // of a block's float32 results: 64 KiB
+
+enum Slot { LEFT, HIDDEN, BLOCK_A, BLOCK_B, SORTED, RESULT, LISTS, ATTENTION };
+
+INLINE float* block_memory(Slot slot) { return static_cast<float*>(scratch(slot, ROWS_AT_ONCE * BLOCK * sizeof(float))); }
+INLINE long blocks(long outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+INLINE size_t element(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+INLINE const void* row_of(const Rows& x, long row) {
+    return static_cast<const char*>(x.data) + row * x.stride * element(x.dtype);
+}
+
+// f(p) with p typed by what the pointer holds.
+template <class F>
+INLINE void typed(Dtype dtype, const void* p, F f) {
+    if (dtype == FLOAT32)
+        f(static_cast<const float*>(p));
+    else
+        f(static_cast<const Bf16*>(p));
+}
+template <class F>
+INLINE void typed(Dtype dtype, void* p, F f) {
+    if (dtype == FLOAT32)
+        f(static_cast<float*>(p));
+    else
+        f(static_cast<Bf16*>(p));
+}
+
+// x as the left side of products with weights of `format`.
+Operand operand(const Rows& x, Format format, Slot slot) {
+    if (format == DENSE) return Operand::dense(x.data, x.stride);
+    const Operand left = Operand::in(scratch(slot, Operand::bytes(x.count, x.width)), x.count, x.width);
+    const long chunk = 16;
+    parallel((x.count + chunk - 1) / chunk, [&](long item) {
+        for (long row = item * chunk; row < least(x.count, (item + 1) * chunk); ++row)
+            typed(x.dtype, row_of(x, row), [&](auto* from) { left.fill(row, from, x.width); });
+    });
+    return left;
+}
+
+void linear(const Linear& op) {
+    const Operand x = operand(op.x, op.weight.format, LEFT);
+    parallel(blocks(op.weight.rows), [&](long item) {
+        float* out = block_memory(BLOCK_A);
+        const long output = item * BLOCK, width = least(BLOCK, op.weight.rows - output);
+        for (long first = 0; first < op.x.count; first += ROWS_AT_ONCE) {
+            const long last = least(first + ROWS_AT_ONCE, op.x.count);
+            block(x, first, last, op.weight, output, out);
+            for (long row = first; row < last; ++row)
+                typed(op.y.dtype, const_cast<void*>(row_of(op.y, row)), [&](auto* to) {
+                    for (long i = 0; i < width; i += LANES) {
+                        F16 v = get(out + (row - first) * BLOCK + i);
+                        if (op.softcap > 0) v = op.softcap * hyperbolic_tangent(v / op.softcap);
+                        put(to + output + i, v, width - i);
+                    }
+                });
+        }
+    });
+}
+
+// Where the hidden rows of an MLP go: rounded, or in x's type, as the weight that reads them wants.
+struct Hidden {
+    Operand operand;
+    Rows rows;
+
+    Hidden(Format format, Dtype dtype, long count, long width) {
+        if (format == DENSE) {
+            rows = {scratch(HIDDEN, count * width * element(dtype)), dtype, count, width, width};
+            operand = Operand::dense(rows.data, width);
+        } else {
+            rows = {nullptr, dtype, count, width, width};
+            operand = Operand::in(scratch(HIDDEN, Operand::bytes(count, width)), count, width);
+        }
+    }
+
+    // gelu(gate) * up of the 64 columns from `column`.
+    void set(long row, long column, const float* gate, const float* up) const {
+        const long width = least(BLOCK, rows.width - column);
+        for (long i = 0; i < width; i += GROUP) {
+            F16 h[2];
+            for (int half = 0; half < 2; ++half) {
+                const long at = i + half * LANES, left = width - at;
+                h[half] = left > 0 ? gelu(get(gate + at, left)) * get(up + at, left) : F16{};
+                if (rows.data && left > 0)
+                    typed(rows.dtype, rows.data, [&](auto* to) { put(to + row * rows.stride + column + at, h[half], left); });
+            }
+            if (!rows.data) operand.set(row, (column + i) / GROUP, h[0], h[1]);
+        }
+    }
+};
+
+void hidden_block(const Operand& x, long first, long last, const Matrix& gate, const Matrix& up, long gate_at, long up_at,
+                  const Hidden& hidden) {
+    float *a = block_memory(BLOCK_A), *b = block_memory(BLOCK_B);
+    for (; first < last; first += ROWS_AT_ONCE) {
+        const long until = least(first + ROWS_AT_ONCE, last);
+        block(x, first, until, gate, gate_at, a);
+        block(x, first, until, up, up_at, b);
+        for (long row = first; row < until; ++row)
+            hidden.set(row, gate_at, a + (row - first) * BLOCK, b + (row - first) * BLOCK);
+    }
+}
+
+void gated(const Gated& op) {
+    const Operand x = operand(op.x, op.gate.format, LEFT);
+    const Hidden hidden(op.down.format, op.x.dtype, op.x.count, op.gate.rows);
+    parallel(blocks(op.gate.rows), [&](long item) {
+        hidden_block(x, 0, op.x.count, op.gate, op.up, item * BLOCK, item * BLOCK, hidden);
+    });
+    parallel(blocks(op.down.rows), [&](long item) {
+        float* out = block_memory(BLOCK_A);
+        const long output = item * BLOCK, width = least(BLOCK, op.down.rows - output);
+        for (long first = 0; first < op.x.count; first += ROWS_AT_ONCE) {
+            const long last = least(first + ROWS_AT_ONCE, op.x.count);
+            block(hidden.operand, first, last, op.down, output, out);
+            for (long row = first; row < last; ++row)
+                typed(op.y.dtype, const_cast<void*>(row_of(op.y, row)), [&](auto* to) {
+                    for (long i = 0; i < width; i += LANES)
+                        put(to + output + i, get(out + (row - first) * BLOCK + i), width - i);
+                });
+        }
+    });
+}
+
+// Tokens sorted by expert: rows first[e] .. first[e + 1] of the sorted order belong to expert e.
+struct Routing {
+    int32_t *source, *place, *first, *active;  // [T k] flat slot of a row; [T k] row of a flat slot; [E + 1]; [..E]
+    long actives = 0;
+
+    Routing(const Experts& op, long tokens, const int64_t* chosen) {
+        const long rows = tokens * op.per_token;
+        source = static_cast<int32_t*>(scratch(LISTS, (2 * rows + 2 * op.count + 2) * sizeof(int32_t)));
+        place = source + rows, first = place + rows, active = first + op.count + 1;
+        memset(first, 0, (op.count + 1) * sizeof(int32_t));
+        for (long i = 0; i < rows; ++i) ++first[chosen[i] + 1];
+        for (long e = 0; e < op.count; ++e) {
+            if (first[e + 1]) active[actives++] = e;
+            first[e + 1] += first[e];
+        }
+        for (long i = 0; i < rows; ++i) {
+            place[i] = first[chosen[i]]++;
+            source[place[i]] = i;
+        }
+        for (long e = op.count; e > 0; --e) first[e] = first[e - 1];
+        first[0] = 0;
+    }
+};
+
+// The rows of x in sorted order.
+Operand gather(const Operand& x, const Routing& routing, const Experts& op, long rows) {
+    const long width = op.x.width;
+    if (op.gate_up.format != DENSE) {
+        const Operand to = Operand::in(scratch(SORTED, Operand::bytes(rows, width)), rows, width);
+        for (long row = 0; row < rows; ++row) {
+            const long token = routing.source[row] / op.per_token, g = x.groups;
+            memcpy(to.codes + row * g * GROUP, x.codes + token * g * GROUP, g * GROUP);
+            memcpy(to.scales + row * g, x.scales + token * g, g * sizeof(float));
+            memcpy(to.sums + row * g, x.sums + token * g, g * sizeof(int32_t));
+        }
+        return to;
+    }
+    const size_t bytes = width * element(op.x.dtype);
+    auto* to = static_cast<char*>(scratch(SORTED, rows * bytes));
+    for (long row = 0; row < rows; ++row) {
+        const long token = routing.source[row] / op.per_token;
+        memcpy(to + row * bytes, static_cast<const char*>(x.data) + token * x.stride * element(op.x.dtype), bytes);
+    }
+    return Operand::dense(to, width);
+}
+
+INLINE Matrix expert_matrix(const Matrix& zero, long expert, long code_step, long scale_step) {
+    Matrix w = zero;
+    w.codes = static_cast<const char*>(w.codes) + expert * code_step;
+    w.scales = static_cast<const char*>(w.scales) + expert * scale_step;
+    return w;
+}
+
+void experts_of(const Experts& op, const Rows& x, const int64_t* chosen, long first_token) {
+    const long rows = x.count * op.per_token, inner = op.down.cols, width = op.down.rows;
+    const Routing routing(op, x.count, chosen);
+    const Operand sorted = gather(operand(x, op.gate_up.format, LEFT), routing, op, rows);
+    const Hidden hidden(op.down.format, x.dtype, rows, inner);
+    parallel(routing.actives * blocks(inner), [&](long item) {
+        const long expert = routing.active[item / blocks(inner)], output = item % blocks(inner) * BLOCK;
+        const Matrix w = expert_matrix(op.gate_up, expert, op.gate_up_codes, op.gate_up_scales);
+        hidden_block(sorted, routing.first[expert], routing.first[expert + 1], w, w, output, inner + output, hidden);
+    });
+    auto* result = static_cast<float*>(scratch(RESULT, rows * width * sizeof(float)));
+    parallel(routing.actives * blocks(width), [&](long item) {
+        float* out = block_memory(BLOCK_A);
+        const long expert = routing.active[item / blocks(width)], output = item % blocks(width) * BLOCK;
+        const Matrix w = expert_matrix(op.down, expert, op.down_codes, op.down_scales);
+        for (long first = routing.first[expert]; first < routing.first[expert + 1]; first += ROWS_AT_ONCE) {
+            const long last = least(first + ROWS_AT_ONCE, routing.first[expert + 1]);
+            block(hidden.operand, first, last, w, output, out);
+            for (long row = first; row < last; ++row)
+                memcpy(result + row * width + output, out + (row - first) * BLOCK, least(BLOCK, width - output) * sizeof(float));
+        }
+    });
+    parallel(x.count, [&](long token) {  // rows of a token in the order of its slots, whatever else the step holds
+        typed(x.dtype, op.weights, [&](auto* weights) {
+            typed(op.y.dtype, const_cast<void*>(row_of(op.y, first_token + token)), [&](auto* to) {
+                for (long i = 0; i < width; i += LANES) {
+                    F16 y = {};
+                    for (long slot = 0; slot < op.per_token; ++slot) {
+                        const float weight = get(weights + (first_token + token) * op.per_token + slot, 1)[0];
+                        const float* from = result + routing.place[token * op.per_token + slot] * width + i;
+                        y = fma(splat(weight), get(from, width - i), y);
+                    }
+                    put(to + i, y, width - i);
+                }
+            });
+        });
+    });
+}
+
+void experts(const Experts& op) {
+    const long tokens_at_once = 1024;  // bounds the float32 results: tokens * per_token * width
+    for (long first = 0; first < op.x.count; first += tokens_at_once) {
+        Rows x = op.x;
+        x.data = const_cast<void*>(row_of(op.x, first));
+        x.count = least(tokens_at_once, op.x.count - first);
+        experts_of(op, x, op.chosen + first * op.per_token, first);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,135 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+
+namespace cabochon {
+namespace {
+
+// A worker that finds no job looks again this often (some tens of microseconds, the gap between two ops of a step)
+// before it goes to sleep.
+constexpr int LOOKS = 20000;
+
+struct Job {
+    void (*work)(void*, long) = nullptr;
+    void* context = nullptr;
+    long items = 0;
+};
+
+// `next` holds the job's number above 32 bits and its next item below. A worker takes an item by compare-and-swap on
+// the whole word, so one that comes late can't take an item of the following job with this job's arguments, and the
+// caller waits for items, never for workers: a worker that the system has put aside holds nobody up.
+struct Pool {
+    Job job;
+    std::atomic<uint64_t> next{0};
+    std::atomic<uint32_t> number{0};
+    std::atomic<long> done{0};
+    std::atomic<int> asleep{0};
+    std::atomic<int> wanted{1};
+    int started = 1;
+    std::mutex one_caller;
+};
+
+Pool* pool = new Pool;  // never destroyed: workers may outlive the interpreter's exit handlers
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    sched_yield();
+#endif
+}
+
+void take_items(Pool& p, uint32_t number, const Job& job) {
+    const uint64_t base = uint64_t(number) << 32;
+    uint64_t at = p.next.load(std::memory_order_acquire);
+    while ((at & ~uint64_t(0xffffffff)) == base && long(at - base) < job.items) {
+        if (!p.next.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel)) continue;
+        job.work(job.context, long(at - base));
+        p.done.fetch_add(1, std::memory_order_acq_rel);
+        at = p.next.load(std::memory_order_acquire);
+    }
+}
+
+void worker(Pool* p, int index) {
+    uint32_t seen = 0;
+    for (;;) {
+        uint32_t number = p->number.load(std::memory_order_acquire);
+        for (int look = 0; number == seen && look < LOOKS; ++look) {
+            pause();
+            number = p->number.load(std::memory_order_acquire);
+        }
+        if (number == seen) {
+            p->asleep.fetch_add(1);
+            p->number.wait(seen);
+            p->asleep.fetch_sub(1);
+            continue;
+        }
+        seen = number;
+        if (index >= p->wanted.load(std::memory_order_relaxed)) continue;
+        const Job job = p->job;  // belongs to `number` if an item is won below
+        take_items(*p, number, job);
+    }
+}
+
+void forked() { pool = new Pool; }
+
+void start_workers(Pool& p) {
+    static const int once = pthread_atfork(nullptr, nullptr, forked);
+    (void)once;
+    for (; p.started < p.wanted; ++p.started) std::thread(worker, &p, p.started).detach();
+}
+
+}  // namespace
+
+int threads() { return pool->wanted; }
+
+void set_threads(int count) {
+    std::lock_guard<std::mutex> lock(pool->one_caller);
+    pool->wanted = count < 1 ? 1 : count;
+}
+
+void run_items(long items, void (*work)(void*, long), void* context) {
+    Pool& p = *pool;
+    std::unique_lock<std::mutex> lock(p.one_caller, std::try_to_lock);
+    if (items <= 1 || p.wanted <= 1 || !lock.owns_lock()) {
+        for (long item = 0; item < items; ++item) work(context, item);
+        return;
+    }
+    start_workers(p);
+    const uint32_t number = p.number.load(std::memory_order_relaxed) + 1;
+    // Close the former job before its arguments change: workers that read the new ones can no longer win its items.
+    p.next.store(uint64_t(number) << 32 | 0xffffffff, std::memory_order_seq_cst);
+    p.job = {work, context, items};
+    p.done.store(0, std::memory_order_relaxed);
+    p.next.store(uint64_t(number) << 32, std::memory_order_seq_cst);
+    p.number.store(number, std::memory_order_seq_cst);
+    if (p.asleep.load() > 0) p.number.notify_all();
+    take_items(p, number, p.job);
+    for (int look = 0; p.done.load(std::memory_order_acquire) < items; ++look) look < LOOKS ? pause() : (void)sched_yield();
+}
+
+void* scratch(int slot, size_t bytes) {
+    struct Buffer {
+        void* data = nullptr;
+        size_t size = 0;
+        ~Buffer() { free(data); }
+    };
+    thread_local Buffer buffers[8];
+    Buffer& buffer = buffers[slot];
+    if (buffer.size < bytes) {
+        free(buffer.data);
+        buffer.size = (bytes + bytes / 2 + 4095) & ~size_t(4095);
+        buffer.data = aligned_alloc(4096, buffer.size);
+        madvise(buffer.data, buffer.size, MADV_HUGEPAGE);
+    }
+    return buffer.data;
+}
+
+}  // namespace cabochon

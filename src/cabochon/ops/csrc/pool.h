@@ -1,0 +1,24 @@
+// Threads that share out the items of one job after another. A job's result never depends on who did which item.
+#pragma once
+
+#include <cstddef>
+
+namespace cabochon {
+
+int threads();
+void set_threads(int count);
+
+// Memory of the calling thread that lives until its next call; grows, is never given back.
+// `slot` keeps buffers that are in use together apart.
+void* scratch(int slot, size_t bytes);
+
+void run_items(long items, void (*work)(void* context, long item), void* context);
+
+// work(item) for every item in [0, items), in any order, on all threads; returns when all are done.
+template <class Work>
+void parallel(long items, const Work& work) {
+    run_items(
+        items, [](void* context, long item) { (*static_cast<const Work*>(context))(item); }, const_cast<Work*>(&work));
+}
+
+}  // namespace cabochon

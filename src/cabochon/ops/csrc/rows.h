@@ -1,0 +1,80 @@
+// The ops on single rows: root-mean-square norm, rotary embedding, storing keys and values.
+#pragma once
+
+#include "linear.h"
+
+namespace {
+
+constexpr long SMALL = 1 << 15;  // elements below which a job costs more to share than to do
+
+template <class Work>
+void over_rows(long rows, long width, const Work& work) {
+    const long chunk = most(1, SMALL / 4 / most(width, 1)), items = (rows + chunk - 1) / chunk;
+    auto some = [&](long item) {
+        for (long row = item * chunk; row < least(rows, (item + 1) * chunk); ++row) work(row);
+    };
+    if (rows * width > SMALL) return parallel(items, some);
+    for (long item = 0; item < items; ++item) some(item);
+}
+
+template <class T>
+void norm_row(const T* x, const T* weight, T* y, long width, float eps) {
+    F16 squares = {};
+    for (long i = 0; i < width; i += LANES) {
+        const F16 v = get(x + i, width - i);
+        squares = fma(v, v, squares);
+    }
+    const F16 scale = splat(1.0f / square_root(sum(squares) / width + eps));
+    for (long i = 0; i < width; i += LANES) {
+        F16 v = get(x + i, width - i) * scale;
+        if (weight) v *= get(weight + i, width - i);
+        put(y + i, v, width - i);
+    }
+}
+
+template <class T>
+void norm_rows(const Norm& op) {
+    over_rows(op.x.count, op.x.width, [&](long row) {
+        norm_row(static_cast<const T*>(op.x.data) + row * op.x.stride, static_cast<const T*>(op.weight),
+                 static_cast<T*>(op.y.data) + row * op.y.stride, op.x.width, op.eps);
+    });
+}
+
+void norm(const Norm& op) { op.x.dtype == FLOAT32 ? norm_rows<float>(op) : norm_rows<Bf16>(op); }
+
+// y[i] and y[i + head / 2] from x[i] and x[i + head / 2] for i < turning; what does not turn is copied.
+template <class T>
+void rope_row(const T* x, const T* cos, const T* sin, T* y, long head, long turning) {
+    const long half = head / 2;
+    for (long i = 0; i < turning; i += LANES) {
+        const long n = turning - i;
+        const F16 a = get(x + i, n), b = get(x + half + i, n), c = get(cos + i, n), s = get(sin + i, n);
+        put(y + i, a * c - b * s, n);
+        put(y + half + i, b * c + a * s, n);
+    }
+    memcpy(y + turning, x + turning, (half - turning) * sizeof(T));
+    memcpy(y + half + turning, x + half + turning, (half - turning) * sizeof(T));
+}
+
+template <class T>
+void rope_rows(const Rope& op) {
+    over_rows(op.tokens, op.heads * op.head, [&](long token) {
+        const T *cos = static_cast<const T*>(op.cos) + token * op.half_rotated;
+        const T *sin = static_cast<const T*>(op.sin) + token * op.half_rotated;
+        for (long head = 0; head < op.heads; ++head) {
+            const long at = (token * op.heads + head) * op.head;
+            rope_row(static_cast<const T*>(op.x) + at, cos, sin, static_cast<T*>(op.y) + at, op.head, op.half_rotated);
+        }
+    });
+}
+
+void rope(const Rope& op) { op.dtype == FLOAT32 ? rope_rows<float>(op) : rope_rows<Bf16>(op); }
+
+void store_rows(const Store& op) {
+    for (long token = 0; token < op.tokens; ++token)
+        if (op.slots[token] >= 0)
+            memcpy(static_cast<char*>(op.pages) + op.slots[token] * op.bytes,
+                   static_cast<const char*>(op.rows) + token * op.bytes, op.bytes);
+}
+
+}  // namespace

@@ -1,0 +1,249 @@
+"""The CPU kernels against their slow twins, for every instruction set that this CPU has, odd sizes included."""
+
+import pytest
+import torch
+
+from cabochon import ops
+from cabochon.ops import cpu, reference
+from cabochon.ops.views import Past, Rows
+from cabochon.quant import QuantTensor, dequantize, pack, quantize, round_activations
+
+pytestmark = pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
+
+FORMATS = ["dense", "int8", "int4"]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(params=cpu.supported() or ["none"], autouse=True)
+def isa(request):
+    before, threads = cpu.active(), torch.get_num_threads()
+    cpu.use(request.param)
+    with torch.inference_mode():
+        yield request.param
+    torch.set_num_threads(threads)
+    cpu.use(before)
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(torch.seed() % 2**31)
+
+
+def weight_of(shape, format, dtype, random):
+    dense = torch.randn(shape, generator=random) * shape[-1] ** -0.5
+    return dense.to(dtype) if format == "dense" else pack(quantize(dense, format))
+
+
+def exact_linear(x, weight):
+    """float64, with the rounding of activations that integer kernels do."""
+    if isinstance(weight, QuantTensor):
+        return round_activations(x) @ dequantize(weight).double().mT
+    return x.double() @ weight.double().mT
+
+
+def assert_close(got, expected, dtype, factor=1.0):
+    assert not got.isnan().any()
+    error = (got.double() - expected.double()).abs().max() / expected.abs().max().clamp_min(1e-9)
+    assert error < TOLERANCE[dtype] * factor, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 1), (1, 130, 70), (5, 66, 2113), (13, 17, 33)])
+def test_linear(rows, outputs, inputs, format, dtype, random):
+    x = torch.randn(rows, inputs, generator=random).to(dtype)
+    weight = weight_of((outputs, inputs), format, dtype, random)
+    assert_close(cpu.linear(x, weight), exact_linear(x, weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_do_not_depend_on_company_or_threads(format, dtype, random):
+    weight = weight_of((200, 2100), format, dtype, random)
+    x = torch.randn(23, 2100, generator=random).to(dtype)
+    together = ops.linear(x, weight)
+    torch.set_num_threads(3)
+    for rows in (1, 2, 3, 7):
+        assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
+    assert torch.equal(ops.linear(x, weight), together)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_strided_rows_and_leading_axes(format, random):
+    weight = weight_of((48, 64), format, torch.float32, random)
+    wide = torch.randn(4, 3, 128, generator=random)
+    x = wide[..., 64:]
+    assert ops.linear(x, weight).shape == (4, 3, 48)
+    assert torch.equal(ops.linear(x, weight), ops.linear(x.contiguous(), weight))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_a_number_stays_visible(format, random):
+    weight = weight_of((40, 96), format, torch.float32, random)
+    x = torch.randn(3, 96, generator=random)
+    x[1, 50] = torch.nan
+    y = ops.linear(x, weight)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_head(softcap, dtype, random):
+    weight = weight_of((999, 64), "dense", dtype, random) * 20
+    x = torch.randn(2, 64, generator=random).to(dtype)
+    logits = cpu.head(x, weight, softcap)
+    expected = reference.head(x.double(), weight.double(), softcap)
+    assert logits.dtype == torch.float32
+    assert_close(logits, expected, torch.float32)  # not rounded to bfloat16 on the way
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 64, 128), (4, 70, 90), (9, 33, 321)])
+def test_gated_mlp(rows, width, inner, format, dtype, random):
+    x = torch.randn(rows, width, generator=random).to(dtype)
+    gate, up = (weight_of((inner, width), format, dtype, random) for _ in range(2))
+    down = weight_of((width, inner), format, dtype, random)
+    hidden = torch.nn.functional.gelu(exact_linear(x, gate), approximate="tanh") * exact_linear(x, up)
+    expected = exact_linear(hidden.to(dtype) if format == "dense" else hidden.float(), down)
+    got = cpu.gated_mlp(x, gate, up, down)
+    # A hidden number at a rounding edge may fall to the other side: one step of 1/127 in one of `inner` terms.
+    assert_close(got, expected, dtype, 1 if format == "dense" or dtype == torch.bfloat16 else 2000)
+    assert torch.equal(got[:1], cpu.gated_mlp(x[:1], gate, up, down))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts(format, dtype, random):
+    tokens, per_token, count, width, inner = 11, 3, 7, 64, 48
+    x = torch.randn(tokens, width, generator=random).to(dtype)
+    chosen = torch.stack([torch.randperm(count - 1, generator=random)[:per_token] for _ in range(tokens)])
+    weights = torch.rand(tokens, per_token, generator=random).to(dtype)
+    gate_up = weight_of((count, 2 * inner, width), format, dtype, random)
+    down = weight_of((count, width, inner), format, dtype, random)
+    expected = torch.zeros(tokens, width, dtype=torch.float64)
+    for token in range(tokens):
+        for slot in range(per_token):
+            expert = int(chosen[token, slot])
+            gate, up = exact_linear(x[token : token + 1], gate_up[expert]).chunk(2, -1)
+            hidden = torch.nn.functional.gelu(gate, approximate="tanh") * up
+            y = exact_linear(hidden.to(dtype) if format == "dense" else hidden.float(), down[expert])
+            expected[token] += y[0] * weights[token, slot].double()
+    got = ops.experts(x, chosen, weights, gate_up, down)
+    assert_close(got, expected, dtype, 1 if format == "dense" or dtype == torch.bfloat16 else 2000)
+    alone = [ops.experts(x[t : t + 1], chosen[t : t + 1], weights[t : t + 1], gate_up, down) for t in range(tokens)]
+    assert torch.equal(got, torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 16, 70, 1536])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm(weighted, width, dtype, random):
+    x = torch.randn(3, 5, width, generator=random).to(dtype)
+    weight = torch.randn(width, generator=random).to(dtype) if weighted else None
+    expected = reference.rms_norm(x.double(), None if weight is None else weight.double(), 1e-6)
+    assert_close(ops.rms_norm(x, weight, 1e-6), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("head", "rotated"), [(256, 256), (512, 128), (8, 4), (20, 20)])
+def test_rope(head, rotated, dtype, random):
+    x = torch.randn(7, 3, head, generator=random).to(dtype)
+    angle = torch.randn(7, rotated // 2, generator=random)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    expected = reference.rope(x.double(), cos.double(), sin.double())
+    assert_close(ops.rope(x, cos, sin), expected, dtype)
+
+
+def test_store(random):
+    pages, rows = torch.zeros(3, 4, 2, 10), torch.randn(5, 2, 10, generator=random)
+    slots = torch.tensor([3, -1, 4, 11, 0])
+    twin = pages.clone()
+    reference.store(twin, rows, slots)
+    ops.store(pages, rows, slots)
+    assert torch.equal(pages, twin)
+
+
+def attention_case(lengths, contexts, heads, kv_heads, head, width, window, dtype, random, slots=16):
+    """Requests with `contexts` tokens in shuffled pages and `lengths` tokens in this step."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    position = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, lengths, strict=True)]).int()
+    firsts = [0 if window is None else max(0, c - window + 1) // slots * slots for c in contexts]
+    counts = [-(-(c - f) // slots) for c, f in zip(contexts, firsts, strict=True)]
+    order = torch.randperm(sum(counts) + 1, generator=random).int()
+    table = torch.zeros(len(lengths), max([*counts, 1]), dtype=torch.int32)
+    at = 0
+    for r, count in enumerate(counts):
+        table[r, :count] = order[at : at + count]
+        at += count
+    pages = torch.randn(len(order), slots, kv_heads, width, generator=random).to(dtype)
+    q = torch.randn(len(position), heads, head, generator=random).to(dtype) * head**-0.5
+    step = torch.randn(len(position), kv_heads, width, generator=random).to(dtype)
+    rows = Rows(None, starts, position, position.clone(), max(lengths))
+    past = Past(table, torch.tensor(firsts).int(), torch.full((len(position),), -1), max(contexts))
+    return q, step, pages, rows, starts, torch.tensor(contexts).int(), past
+
+
+CASES = {
+    "decode": ([1, 1, 1], [0, 700, 37], 8, 1, 256, 512, None),
+    "sliding": ([70, 1, 5], [300, 600, 0], 4, 2, 64, 128, 100),
+    "shared vector": ([9, 20], [530, 3], 4, 2, 32, 40, None),
+    "odd": ([3, 2], [18, 65], 6, 3, 12, 24, 20),
+    "wide": ([60], [280], 8, 2, 512, 640, None),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_attend(case, dtype, random):
+    lengths, contexts, heads, kv_heads, head, width, window = CASES[case]
+    inputs = attention_case(lengths, contexts, heads, kv_heads, head, width, window, dtype, random)
+    offsets = {"key_offset": width - head, "value_offset": 0, "window": window}
+    got = cpu.attend(*inputs, **offsets)
+    q, step, pages, *rest = inputs
+    expected = reference.attend(q.double(), step.double(), pages.double(), *rest, **offsets)
+    assert_close(got, expected, dtype)
+    torch.set_num_threads(4)
+    assert torch.equal(cpu.attend(*inputs, **offsets), got)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_of_a_row_does_not_depend_on_the_cut_of_the_prompt(dtype, random):
+    """A prompt of 400 tokens in one step, and as 300 stored plus 100 in the step: the same bits."""
+    whole = attention_case([400], [0], 4, 1, 64, 128, None, dtype, random)
+    q, step, pages, _, _, _, _ = whole
+    full = cpu.attend(*whole, key_offset=0, value_offset=64, window=None)
+    _, _, pages, rows, start, context, past = attention_case([100], [300], 4, 1, 64, 128, None, dtype, random)
+    past.slots = torch.tensor([int(past.table[0, i // 16]) * 16 + i % 16 for i in range(300)])
+    ops.store(pages, step[:300], past.slots)
+    part = cpu.attend(
+        q[300:], step[300:], pages, rows, start, context, past, key_offset=0, value_offset=64, window=None
+    )
+    assert torch.equal(part, full[300:])
+
+
+def test_attend_over_two_way_spans_and_chosen_rows(random):
+    q, step, pages, rows, start, context, past = attention_case(
+        [40, 30], [50, 0], 4, 2, 64, 128, 32, torch.float32, random
+    )
+    rows.see_until = rows.position.clone()
+    rows.see_until[10:20] = rows.position[19]
+    index = torch.tensor([5, 12, 39, 40, 69])
+    few = Rows(index, torch.tensor([0, 3, 5]).int(), rows.position[index], rows.see_until[index], 3)
+    offsets = {"key_offset": 0, "value_offset": 64, "window": 32}
+    expected = reference.attend(q[index], step, pages, few, start, context, past, **offsets)
+    assert_close(cpu.attend(q[index], step, pages, few, start, context, past, **offsets), expected, torch.float32)
+
+
+def test_attend_without_past(random):
+    q, step, _, rows, start, context, _ = attention_case([33, 7], [0, 0], 4, 2, 64, 128, 16, torch.float32, random)
+    offsets = {"key_offset": 0, "value_offset": 64, "window": 16}
+    expected = reference.attend(q, step, None, rows, start, context, None, **offsets)
+    assert_close(cpu.attend(q, step, None, rows, start, context, None, **offsets), expected, torch.float32)
+
+
+def test_gradients_take_the_reference(random):
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(3, 8, generator=random, requires_grad=True)
+        ops.linear(x, torch.randn(4, 8)).sum().backward()
+        assert x.grad is not None
