@@ -87,7 +87,10 @@ def same_reply(
 def finish(engine: Engine, check: bool = False) -> list[StepOutput]:
     """Run an engine until it is idle."""
     outputs = []
+    steps = 0
     while engine.busy:
+        steps += 1
+        assert steps < 20_000, "the engine does not come to an end"
         outputs += engine.step()
         if check:
             engine.check()

@@ -109,7 +109,7 @@ class Scheduler:
         count = self._count(track, budget)
         # Room for all its tokens and a page for everybody who runs: else the next page needed throws it out again.
         whole = -(-(track.length + 1) // self.cache.page_size) + len(self.running)
-        while self.cache.full.available < whole - len(track.holding.pages) or not self.cache.grow(
+        while not self.cache.room(whole - len(track.holding.pages)) or not self.cache.grow(
             track.holding, track.computed, track.computed + count
         ):
             if not self._displace(track, plan):

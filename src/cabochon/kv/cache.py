@@ -153,6 +153,13 @@ class KVCache:
         self.store.copy(kind, source, page)
         return page
 
+    def room(self, pages: int) -> bool:
+        """Can so many global pages be had, if need be at the cost of snapshots?"""
+        while self.full.available < pages:
+            if not self.snapshots.drop_tail():
+                return False
+        return True
+
     def settle(self) -> None:
         """To be called between steps, before the next one is planned."""
         self.sliding.settle()
@@ -167,9 +174,8 @@ class KVCache:
         size = self.page_size
         last = -(-end // size)
         need = last - len(holding.pages)
-        while self.full.available < need:
-            if not self.snapshots.drop_tail():
-                return False
+        if not self.room(need):
+            return False
         old_first, old = holding.window_first, holding.window
         first = max(0, end - unverified - self.window + 1) // size
         # A window page that another step has dropped stays dropped: `first` never moves back.

@@ -1,0 +1,145 @@
+"""The sampler against its definition, its statistics and its cost."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from cabochon.engine import sampler
+from cabochon.engine.request import Request, SamplingParams
+from cabochon.engine.track import Track
+
+VOCAB = 512
+
+
+def tracks(params, count):
+    return [Track(Request(str(i), [3, 4, 4], params), 0, 0.0) for i in range(count)]
+
+
+def row(seed, vocab=VOCAB):
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def reference_probs(logits, params):
+    """Temperature, top-k, top-p, min-p in the reference's order and with its own code."""
+    scores = logits[None].double() / params.temperature
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 64, 0.95, 0.0), (0.7, 5, 1.0, 0.0), (1.5, 0, 0.5, 0.0), (1.0, 0, 1.0, 0.1), (2.0, 0, 1.0, 0.0)],
+)
+def test_draws_follow_the_references_distribution(temperature, top_k, top_p, min_p):
+    logits, count = row(1), 20_000
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=9)
+    expected = reference_probs(logits, params)
+    many = tracks(params, count)
+    for i, track in enumerate(many):
+        track.seed = i
+    drawn = [d.token for d in sampler.draw(logits.expand(count, -1).clone(), many)]
+    seen = np.bincount(drawn, minlength=VOCAB) / count
+    assert not seen[(expected == 0).numpy()].any(), "a token was drawn that is cut off"
+    assert np.abs(seen - expected.numpy()).sum() < 3 * np.sqrt(VOCAB / count)
+    assert seen[int(expected.argmax())] == pytest.approx(float(expected.max()), abs=0.02)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.integers(0, 2**32), st.integers(1, 70), st.sampled_from([320, 4096, 16384 * 4]))
+def test_the_largest_are_found_without_sorting(seed, k, vocab):
+    logits = row(seed, vocab)[None].repeat(2, 1)
+    logits[1] = logits[1].round()  # many equal values
+    values, ids = sampler.largest(logits, k)
+    assert torch.equal(values, logits.sort(-1, descending=True).values[:, :k])
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(line)) == k for line in ids.tolist())
+
+
+def test_a_draw_depends_on_nothing_but_its_own_row():
+    params = [
+        SamplingParams(temperature=1.0, top_k=64, top_p=0.95, max_tokens=9, seed=5),
+        SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_tokens=9),
+        SamplingParams(temperature=1.3, top_k=0, top_p=0.9, max_tokens=9, seed=6),
+        SamplingParams(temperature=0.9, top_k=3, top_p=1.0, min_p=0.2, max_tokens=9, seed=7),
+    ]
+    logits = torch.stack([row(i) for i in range(4)])
+    each = [Track(Request(str(i), [3], p), 0, 0.0) for i, p in enumerate(params)]
+    single = [sampler.draw(logits[i : i + 1].clone(), [track])[0].token for i, track in enumerate(each)]
+    assert [d.token for d in sampler.draw(logits.clone(), each)] == single
+    assert [d.token for d in sampler.draw(logits.flip(0).clone(), each[::-1])] == single[::-1]
+
+
+def test_uniforms_are_uniform_and_repeatable():
+    seeds = np.arange(100_000, dtype=np.uint64)
+    numbers = sampler.uniforms(seeds, np.zeros_like(seeds))
+    assert np.array_equal(numbers, sampler.uniforms(seeds, np.zeros_like(seeds)))
+    counts, _ = np.histogram(numbers, 50, (0, 1))
+    assert ((counts - 2000) ** 2 / 2000).sum() < 100  # chi-square, 49 degrees of freedom
+    steps = sampler.uniforms(np.full(1000, 7, np.uint64), np.arange(1000, dtype=np.uint64))
+    assert abs(np.corrcoef(steps[1:], steps[:-1])[0, 1]) < 0.1
+
+
+def test_penalties_by_their_definitions():
+    logits = row(2)
+    track = Track(Request("a", [3, 4, 4], SamplingParams(repetition_penalty=2.0)), 0, 0.0)
+    for token in (8, 8, 9):
+        track.append(token)
+    out = logits.clone()
+    sampler._adjust(out, track)
+    for token in (3, 4, 8, 9):
+        value = float(logits[token])
+        assert float(out[token]) == pytest.approx(value / 2 if value > 0 else value * 2)
+    track.request = Request("a", [3, 4, 4], SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
+    out = logits.clone()
+    sampler._adjust(out, track)
+    assert float(logits[8] - out[8]) == pytest.approx(1.0, abs=1e-5)
+    assert float(logits[9] - out[9]) == pytest.approx(0.75, abs=1e-5)
+    assert torch.equal(out[:8], logits[:8]), "the prompt's tokens are not penalised"
+
+
+def test_logprobs_are_of_the_untouched_logits():
+    logits = row(3)
+    params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={7: 1000.0})
+    (drawn,) = sampler.draw(logits[None].clone(), tracks(params, 1))
+    expected = logits.log_softmax(-1)
+    assert drawn.token == drawn.logprob.token_id == 7
+    assert drawn.logprob.logprob == pytest.approx(float(expected[7]), abs=1e-5)
+    assert [token for token, _ in drawn.logprob.top] == logits.topk(2).indices.tolist()
+
+
+def test_suppressed_tokens_are_never_drawn():
+    logits = torch.zeros(64, VOCAB)
+    logits[:, 5] = 50.0
+    params = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)
+    drawn = sampler.draw(logits, tracks(params, 64), suppress=torch.tensor([5]))
+    assert 5 not in {d.token for d in drawn}
+
+
+def best_time(call, repeats=5):
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def test_sampling_costs_two_passes_over_the_logits_at_most():
+    """64 rows of 262,144 logits; a pass is what torch takes to look at each of them once."""
+    logits = torch.randn(64, 262_144)
+    params = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
+    many = tracks(params, 64)
+    one = best_time(lambda: logits.amax(-1))
+    whole = best_time(lambda: sampler.draw(logits, many))
+    print(f"one pass {one * 1e3:.1f} ms, sampling {whole * 1e3:.1f} ms, ratio {whole / one:.2f}")
+    assert whole <= 2 * one
