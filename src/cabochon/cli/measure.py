@@ -1,0 +1,67 @@
+"""Timing this machine: how fast memory is read and matrices are multiplied. What the planner's rooflines stand on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..ops import cpu
+from ..quant import pack, quantize
+from ..sizing.hardware import Measured
+
+REPEATS = 5
+READ_BYTES = 1 << 29
+SIZE = 2048
+"""Side of the matrices that are multiplied."""
+
+
+def measure(read_bytes: int = READ_BYTES, size: int = SIZE) -> Measured:
+    """The best of a few runs each: a sum over memory far larger than the caches, and matrix products."""
+    operations = 2.0 * size**3
+    return Measured(
+        bandwidth=read_bytes / _best(_reader(read_bytes)),
+        bf16=operations / _best(_product(size)),
+        int8=operations / _best(_integer_product(size)),
+        cores=torch.get_num_threads(),
+    )
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest run, the first (which warms up) left out."""
+    run()
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _reader(size: int) -> Callable[[], object]:
+    numbers = torch.ones(size // 4)
+    return numbers.sum
+
+
+def _product(size: int) -> Callable[[], object]:
+    a, b = (torch.rand(size, size).bfloat16() for _ in range(2))
+    return lambda: a @ b
+
+
+def _integer_product(size: int) -> Callable[[], object]:
+    """Our own kernels where they are installed, else torch's."""
+    x, weight = torch.rand(size, size), torch.rand(size, size)
+    if not cpu.supported():
+        left, right = ((t * 100).to(torch.int8) for t in (x, weight))
+        return lambda: torch._int_mm(left, right)
+    packed, rows = pack(quantize(weight, "int8")), x.bfloat16()
+    with torch.no_grad():
+        usable = cpu.ready(rows)
+
+    def run() -> object:
+        with torch.no_grad():
+            return cpu.linear(rows, packed)
+
+    assert usable
+    return run
