@@ -6,13 +6,17 @@ Nothing here downloads unless `pull` is called: a model name in a script must no
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from . import variants
 from .errors import AccessError, CheckpointError, InputError, NetworkError, UnknownModelError
@@ -149,24 +153,72 @@ def pull(name: str, progress: Callable[[int, int], None] = lambda done, total: N
         NetworkError: the Hub can't be reached, or broke off; another call goes on where this one stopped.
         InputError: the disk is too full.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi
 
+    # The client logs every retry; what fails in the end is told in one sentence.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     repo, revision, file = parse(name)
     with _explained(name, repo, revision):
-        info = HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = _wanted_files(info, repo, file)
     folder = _repo_folder(repo)
     _check_room(
         folder, sum(size for at, size in sizes.items() if not (folder / "snapshots" / str(info.sha) / at).is_file())
     )
-    meter, path = _Meter(sum(sizes.values()), progress), ""
+    meter = _Meter(sum(sizes.values()), progress)
     for at, size in sizes.items():
         with _explained(name, repo, revision, at):
-            # Any callable that makes something like a bar will do for the client.
-            bar = cast(Any, meter.bar)
-            path = hf_hub_download(repo, at, revision=revision, endpoint=constants.ENDPOINT, tqdm_class=bar)
+            path = _fetch(repo, revision, at, folder, meter)
         meter.file_done(size)
-    return Path(path) if file else Path(path).parent
+    return path if file else path.parent
+
+
+def _fetch(repo: str, revision: str, at: str, folder: Path, meter: _Meter) -> Path:
+    """One file into the cache's layout: blobs/ETAG, linked from snapshots/COMMIT/NAME, the commit under refs/.
+
+    The client's own `hf_hub_download` throws a partial file away when it fails; of 50 GB one wants to keep what came.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    url = hf_hub_url(repo, at, revision=revision)
+    found = get_hf_file_metadata(url)
+    commit, etag = found.commit_hash or revision, found.etag or at
+    pointer, blob = folder / "snapshots" / commit / at, folder / "blobs" / etag
+    for parent in (pointer.parent, blob.parent, folder / "refs"):
+        parent.mkdir(parents=True, exist_ok=True)
+    if revision != commit:
+        (folder / "refs" / revision).write_text(commit, encoding="utf-8")
+    if not blob.is_file():
+        headers = build_hf_headers()
+        if urlsplit(url).netloc != urlsplit(found.location).netloc:
+            headers.pop("authorization", None)  # a signed address on another host; the token is none of its business
+        part = blob.with_name(f"{etag}.part")
+        bar = cast(Any, meter.bar)  # any callable that makes something like tqdm's bar will do
+        with part.open("ab") as out:
+            http_get(
+                found.location, out, resume_size=out.tell(), headers=headers, expected_size=found.size, tqdm_class=bar
+            )
+        _check_digest(part, etag)
+        part.replace(blob)
+    if not pointer.exists():
+        try:
+            pointer.symlink_to(Path(os.path.relpath(blob, pointer.parent)))
+        except OSError:  # a system without symbolic links
+            shutil.copyfile(blob, pointer)
+    return pointer
+
+
+def _check_digest(part: Path, etag: str) -> None:
+    """Large files are named by their sha256."""
+    if len(etag) != 64:
+        return
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != etag:
+        part.unlink()
+        raise NetworkError("What came is not what the Hub holds (its sha256 differs) and was thrown away; pull again.")
 
 
 def _wanted_files(info: ModelInfo, repo: str, file: str | None) -> dict[str, int]:
