@@ -28,9 +28,16 @@ WIDTH = 640
 
 
 def toy_llm(**engine: Any) -> AsyncLLM:
-    """An engine around calm random weights in E2B's shape, with a small tokenizer."""
+    """An engine around calm random weights, one layer of each kind, with a small tokenizer."""
     tokenizer = small_tokenizer()
-    network = toy_model("E2B", vocab_size=WIDTH, vocab_size_per_layer_input=WIDTH)
+    network = toy_model(
+        "E2B",
+        vocab_size=WIDTH,
+        vocab_size_per_layer_input=WIDTH,
+        num_hidden_layers=2,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
     loaded = Loaded(NAME, network, tokenizer, Template(tokenizer), GenerationConfig(eos=(1, 106, 50)))
     return AsyncLLM.of(loaded, policy=Policy(remote=False), max_num_seqs=16, **engine)
 

@@ -80,7 +80,7 @@ class Constrainer:
             call=call,
             must_call=ask.must_call,
             many_calls=ask.many_calls,
-            may_think=ask.thinking is not False,
+            may_think=_thinks(ask),
             budget=ask.budget,
         )
         return rules, Afterwards(ask.tools, beyond, ask.shape if content and content.unenforced else None)
@@ -104,6 +104,14 @@ class Constrainer:
                 return vocabulary.lark(value, shape.field)
             case "choice":
                 return vocabulary.choice(value, shape.field)
+
+
+def _thinks(ask: Ask) -> bool:
+    """Whether the model was told to think; if nobody said, the published switch in the system prompt says it."""
+    if ask.thinking is not None:
+        return ask.thinking
+    head = ask.messages[0] if ask.messages[0].role in ("system", "developer") else None
+    return head is not None and head.text.lstrip().startswith("<|think|>")
 
 
 def _parsed(text: str) -> Any:
