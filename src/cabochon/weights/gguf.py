@@ -259,7 +259,8 @@ def _pack_value(value: Any) -> bytes:
     if kind == _STRING:
         return struct.pack("<I", kind) + _pack_string(value)
     if kind == _ARRAY:
-        inner = max((_type_of(v) for v in value), default=4)
+        # Lists of integers are signed: llama.cpp refuses token types of any other kind.
+        inner = max((5 if _type_of(v) == 4 and v < 2**31 else _type_of(v) for v in value), default=5)
         body = b"".join(_pack_string(v) if inner == _STRING else struct.pack(_SCALARS[inner], v) for v in value)
         return struct.pack("<IIQ", kind, inner, len(value)) + body
     return struct.pack("<I", kind) + struct.pack(_SCALARS[kind], value)

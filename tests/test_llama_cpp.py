@@ -1,0 +1,105 @@
+"""Files exchanged with llama.cpp itself. Optional: set CABOCHON_LLAMA_CPP to the root of a llama-cpp-python source
+distribution, CABOCHON_LLAMA_CPP_BUILD to where its llama.cpp was built (shared libraries and llama-quantize)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cabochon.chat.tokenizer import Tokenizer
+from cabochon.hub import BUNDLED
+from cabochon.llm.loading import build
+from cabochon.model.batch import whole_sequences
+from cabochon.weights.checkpoint import open_checkpoint
+from cabochon.weights.gguf_write import save_gguf
+from support.toys import random_ids, save_toy, toy_model
+
+SOURCES, BUILT = os.environ.get("CABOCHON_LLAMA_CPP"), os.environ.get("CABOCHON_LLAMA_CPP_BUILD")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (SOURCES and BUILT), reason="CABOCHON_LLAMA_CPP and CABOCHON_LLAMA_CPP_BUILD are not set"),
+]
+SIZES = ["E2B", "31B", "26B-A4B"]
+TYPES = ["BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q3_K_S", "Q2_K"]
+ROUNDING = 2e-4
+"""Mean KL in nats per token: llama.cpp rounds activations to 8 bits, we don't here."""
+
+
+def shape(size):
+    """A toy whose rows hold blocks of 256, over the bundled vocabulary."""
+    words = len(Tokenizer.from_file(BUNDLED))
+    text = {"hidden_size": 256, "head_dim": 64, "global_head_dim": 128, "vocab_size": words, "intermediate_size": 512}
+    if size == "E2B":
+        text |= {"vocab_size_per_layer_input": words, "hidden_size_per_layer_input": 256}
+    if size == "26B-A4B":
+        text |= {"moe_intermediate_size": 256}
+    return text
+
+
+def ours(path, ids):
+    opened = open_checkpoint(path)
+    model = build(opened.config, opened.source, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        return model(whole_sequences([torch.tensor(ids)])).log_softmax(-1)
+
+
+def theirs(path, ids):
+    code = (
+        "import sys, numpy, llama_cpp; path, out, *ids = sys.argv[1:]; "
+        "model = llama_cpp.Llama(path, n_ctx=128, logits_all=True, verbose=True, n_threads=1); "
+        "model.eval([int(i) for i in ids]); numpy.save(out, model.scores[: len(ids)])"
+    )
+    out = path.with_suffix(".npy")
+    env = os.environ | {"LLAMA_CPP_LIB_PATH": f"{BUILT}/bin", "PYTHONPATH": SOURCES}
+    command = [sys.executable, "-c", code, str(path), str(out), *map(str, ids)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    import numpy
+
+    return torch.from_numpy(numpy.load(out)).log_softmax(-1)
+
+
+def distance(a, b):
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def some_ids():
+    return [2] + [i % 3000 + 300 for i in random_ids(60)]
+
+
+@pytest.mark.parametrize("format", ["bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("size", SIZES)
+def test_our_files_run_there(tmp_path, size, format):
+    model = toy_model(size, **shape(size))
+    path, words = tmp_path / "toy.gguf", (BUNDLED / "tokenizer.json").read_text()
+    save_gguf(path, model.config, model.state_dict().__getitem__, format, tokenizer_json=words)
+    ids = some_ids()
+    kl = distance(ours(path, ids), theirs(path, ids))
+    print(f"{size} {format}: KL to llama.cpp {kl:.1e}")
+    assert kl < ROUNDING
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_their_files_run_here(tmp_path, size):
+    """Written by llama.cpp's converter, quantised by llama-quantize."""
+    folder = save_toy(tmp_path / "hf", size, **shape(size))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUNDLED / name).read_bytes())
+    whole = tmp_path / "whole.gguf"
+    converter = Path(SOURCES) / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+    run(sys.executable, converter, folder, "--outtype", "f32", "--outfile", whole)
+    ids = some_ids()
+    for kind in TYPES:
+        path = tmp_path / f"{kind}.gguf"
+        run(Path(BUILT) / "bin" / "llama-quantize", "--pure", whole, path, kind)
+        kl = distance(ours(path, ids), theirs(path, ids))
+        print(f"{size} {kind}: KL to llama.cpp {kl:.1e}")
+        assert kl < 10 * ROUNDING
+
+
+def run(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
