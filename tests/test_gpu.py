@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from cabochon.engine.engine import Engine
+from cabochon.engine.graphs import Frame, Shape, takes
 from cabochon.engine.options import EngineOptions
 from cabochon.engine.request import Request, SamplingParams
 from cabochon.ops import cpu, gpu
@@ -41,7 +44,11 @@ def replies(model, *, count: int, formats: str = "auto") -> tuple[dict[str, list
     return out, torch.cat(seen)
 
 
-@pytest.mark.parametrize("size", SIZES)
+QUICK = ("E2B", "26B-A4B")
+"""The interpreter takes seconds for each; these two have between them all that a size can have."""
+
+
+@pytest.mark.parametrize("size", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SIZES])
 def test_replies_of_every_architecture(size, kernels, monkeypatch):
     """Prefill in chunks, decode beside prefill, KV sharing, value = key, experts, per-layer embeddings."""
     got, logits = replies(toy_model(size).to(DEVICE), count=3)
@@ -52,13 +59,56 @@ def test_replies_of_every_architecture(size, kernels, monkeypatch):
     assert got == wanted
 
 
-@pytest.mark.parametrize("formats", ["int8", "fp8"])
+@pytest.mark.parametrize("formats", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_pages_in_eight_bits(formats, kernels, monkeypatch):
-    got, logits = replies(toy_model("31B").to(DEVICE), count=3, formats=formats)
+    got, logits = replies(toy_model("12B").to(DEVICE), count=2, formats=formats)
     monkeypatch.setattr(gpu, "ready", lambda x: False)
-    wanted, reference = replies(toy_model("31B"), count=3, formats=formats)
+    wanted, reference = replies(toy_model("12B"), count=2, formats=formats)
     assert distance(logits.cpu(), reference) < 2e-3  # a code on the edge may fall to either side
     assert got == wanted
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero", "equal", "lift_fresh")
+"""Operations for which the host waits for the device, or copies what a recorded graph can't."""
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.waited = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        host = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args) and DEVICE == "cuda"
+        masked = name.startswith("index") and any(
+            t is not None and t.dtype == torch.bool for a in args if isinstance(a, (list, tuple)) for t in a
+        )
+        if name in WAITS or masked or host:
+            self.waited.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_nothing_in_a_decode_step_waits_for_the_device(size, kernels):
+    model = toy_model(size).to(DEVICE)
+    engine = Engine(model, EngineOptions(max_num_seqs=2, block_size=8, num_blocks=(8, 8)), max_model_len=64)
+    frames = []
+
+    def run(batch):
+        if takes(batch):
+            frames.append(Frame(Shape.of(batch), batch))
+            frames[-1].fill(batch)
+        return torch.zeros(batch.tokens, model.config.text.vocab_size, device=DEVICE)[-1:]
+
+    engine.runner.run = run
+    engine.add(Request("a", [5], SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_tokens=2)))
+    while engine.busy:
+        engine.step()
+    with torch.inference_mode():
+        model(frames[0].batch)
+        with Watch() as watch:
+            model(frames[0].batch)
+    assert not watch.waited
 
 
 def test_training_takes_the_reference():

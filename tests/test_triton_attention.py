@@ -91,7 +91,7 @@ def to_device(value):
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("layout", ["two tensors", "value is key"])
 def test_decode_of_unequal_contexts(layout, window):
-    check([1, 1, 1, 1], [0, 5, 40, 1100], layout=layout, window=window)
+    check([1, 1, 1, 1], [0, 5, 40, 600], layout=layout, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 24])
@@ -139,9 +139,9 @@ def test_training_has_no_past():
 def test_a_row_does_not_depend_on_the_batch_around_it():
     """Chunks of keys are cut at absolute positions, so the sums of a decode row are the same alone and in company."""
     g = torch.Generator().manual_seed(0)
-    pages, step = torch.randn(400, S, 1, 32, generator=g), torch.randn(2, 1, 32, generator=g)
+    pages, step = torch.randn(300, S, 1, 32, generator=g), torch.randn(2, 1, 32, generator=g)
     q = torch.randn(2, 4, 16, generator=g)
-    table = torch.randperm(399, generator=g).int()[None].repeat(2, 1)
+    table = torch.randperm(299, generator=g).int()[None].repeat(2, 1)
     where = {"key_offset": 0, "value_offset": 16, "window": None}
 
     def decode(contexts: list[int]) -> torch.Tensor:
@@ -154,4 +154,4 @@ def test_a_row_does_not_depend_on_the_batch_around_it():
         args = (q[:count], step[:count], pages, rows, start, position, past)
         return attend(*(to_device(x) for x in args), **where)
 
-    assert torch.equal(decode([700])[0], decode([700, 1590])[0])
+    assert torch.equal(decode([600])[0], decode([600, 1100])[0])

@@ -69,7 +69,7 @@ def test_gated_mlp(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("tokens", [1, 5, 150])
+@pytest.mark.parametrize("tokens", [1, 9, 150])
 def test_experts(tokens, format):
     """One pair per block, sorted blocks with one expert that nobody chose, and blocks of many rows."""
     count, choices = 6, 2

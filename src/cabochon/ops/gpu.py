@@ -21,12 +21,14 @@ from torch import Tensor
 from ..errors import InputError
 from ..quant import QuantTensor
 from . import reference
-from .reference import Weight
+from .reference import Weight, route
 from .views import Pages, Past, Rows
 
 FEW = 64
 """Rows up to which quantised weights are multiplied as they are; for more they are widened for the call."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["attend", "embed", "experts", "gated_mlp", "head", "linear", "rms_norm", "rope", "route", "store"]
+
 _invariant = os.environ.get("CABOCHON_INVARIANT") == "1"
 
 

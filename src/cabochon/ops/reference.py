@@ -6,6 +6,8 @@ Shapes use the letters of `ops.views`: T tokens, Q query rows, N query heads, K 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,13 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to their type as transformers does -> [T, D]."""
     rows = dequantize(table.rows(ids)) if isinstance(table, QuantTensor) else F.embedding(ids, table)
-    return rows * torch.tensor(scale, dtype=rows.dtype).item()  # rounded on the host: a GPU can't be asked in a graph
+    return rows * rounded(scale, rows.dtype)
+
+
+@cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as `dtype` has it, found on the host: a step that is being recorded can't make tensors from numbers."""
+    return float(torch.tensor(value, dtype=dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .triton_matmul import Weight, _dot, _gelu, parts, sizes
 from .triton_tiles import experts_tile, generation
 
-LONE = 64
+LONE = 16
 """Up to so many pairs each has a block for itself; sorting them would take longer than reading an expert twice."""
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import rounded
 from .views import Pages, ScaledPages
 
 ROUND = tl.constexpr(12582912.0)
@@ -141,11 +142,10 @@ def embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
     """`reference.embed` of a plain table, which may lie in pinned host memory: the GPU reads the rows from there."""
     width = table.shape[1]
     y = torch.empty(ids.shape[0], width, dtype=table.dtype, device=ids.device)
-    rounded = torch.tensor(scale, dtype=table.dtype).item()  # on the host
     block = min(triton.next_power_of_2(width), 1024)
     if y.numel():
         _embed[(ids.shape[0], triton.cdiv(width, block))](
-            ids, table, y, rounded, WIDTH=width, B=block, num_warps=_warps(block)
+            ids, table, y, rounded(scale, table.dtype), WIDTH=width, B=block, num_warps=_warps(block)
         )
     return y
 
