@@ -33,7 +33,10 @@ template <bool Pairs>
 INLINE F16 step(F16 acc, uint32_t left, F16 right) {
 #if CABOCHON_AVX512 && defined(__AVX512BF16__)
     if constexpr (Pairs)
-        return (F16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(left), (__m512bh)right);
+    {
+        acc.part[0] = (F16::Part)_mm512_dpbf16_ps((__m512)acc.part[0], (__m512bh)_mm512_set1_epi32(left), (__m512bh)right.part[0]);
+        return acc;
+    }
 #endif
     float value;
     memcpy(&value, &left, 4);
@@ -46,7 +49,7 @@ void strip(const uint32_t* left, long left_stride, const uint32_t* right, long r
            long out_stride, bool onto) {
     F16 acc[R][C];
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = onto ? get(out + r * out_stride + c * LANES) : F16{};
+        for (int c = 0; c < C; ++c) acc[r][c] = onto ? get(out + r * out_stride + c * LANES) : zero();
     for (long k = 0; k < inner; ++k) {
         F16 b[C];
         for (int c = 0; c < C; ++c) b[c] = load<F16>(right + k * right_stride + c * LANES);
@@ -82,12 +85,10 @@ void multiply(long rows, long lanes, const uint32_t* left, long left_stride, con
 
 // 16 x 16 words, transposed.
 INLINE void transpose(const U16 (&in)[16], uint32_t* to, long stride) {
-    U16 a[16], b[16];
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = __builtin_shufflevector(in[i], in[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        a[2 * i + 1] = __builtin_shufflevector(in[i], in[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int round = 0; round < 3; ++round) {
+#if CABOCHON_AVX512
+    U16::Part a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = in[i].part[0];
+    for (int round = 0; round < 4; ++round) {  // each round interleaves rows i and i + 8
         for (int i = 0; i < 8; ++i) {
             b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -95,6 +96,13 @@ INLINE void transpose(const U16 (&in)[16], uint32_t* to, long stride) {
         for (int i = 0; i < 16; ++i) a[i] = b[i];
     }
     for (int i = 0; i < 16; ++i) store(to + i * stride, a[i]);
+#else
+    for (int j = 0; j < 16; ++j) {
+        uint32_t row[16];
+        store(row, in[j]);
+        for (int i = 0; i < 16; ++i) to[i * stride + j] = row[i];
+    }
+#endif
 }
 
 // What a unit keeps: the state of the online softmax of its rows.
@@ -114,7 +122,7 @@ struct State {
         for (long r = 0; r < rows; ++r) {
             if (later.weight[r] == 0) continue;
             const float both = later.top[r] > top[r] ? later.top[r] : top[r];
-            const float mine = exponential(splat(top[r] - both))[0], other = exponential(splat(later.top[r] - both))[0];
+            const float mine = lane_zero(exponential(splat(top[r] - both))), other = lane_zero(exponential(splat(later.top[r] - both)));
             top[r] = both;
             weight[r] = weight[r] * mine + later.weight[r] * other;
             for (long i = 0; i < head; i += LANES) {
@@ -177,7 +185,7 @@ struct Attention {
         for (long j = 0; j < KEYS; j += LANES)
             for (long i = 0; i < inner; i += LANES) {
                 U16 block[LANES];
-                for (long lane = 0; lane < LANES; ++lane) block[lane] = row[j + lane] ? key_words(row[j + lane], i) : U16{};
+                for (long lane = 0; lane < LANES; ++lane) block[lane] = row[j + lane] ? key_words(row[j + lane], i) : U16::of(0);
                 transpose(block, keys + i * KEYS + j, KEYS);
             }
         for (long j = 0; j < KEYS; j += pairs ? 2 : 1)
@@ -190,43 +198,44 @@ struct Attention {
         if constexpr (pairs) {
             const long left = op.head - 2 * word;
             if (left >= 2 * LANES) return load<U16>(row + 2 * word);
-            U16 some = {};
+            U16 some = U16::of(0);
             memcpy(&some, row + 2 * word, left * sizeof(T));
             return some;
         } else {
-            return (U16)get(row + word, op.head - word);
+            return as<U16>(get(row + word, op.head - word));
         }
     }
 
     U16 value_words(const T* a, const T* b, long i) const {
-        const U16 first = a ? (U16)get(a + op.value_offset + i, op.head - i) : U16{};
-        if constexpr (!pairs) return first;
-        return first >> 16 | (b ? (U16)get(b + op.value_offset + i, op.head - i) : U16{});
+        const U16 low = a ? as<U16>(get(a + op.value_offset + i, op.head - i)) : U16::of(0);
+        if constexpr (!pairs) return low;
+        return low >> 16 | (b ? as<U16>(get(b + op.value_offset + i, op.head - i)) : U16::of(0));
     }
 
     // Scores to weights of one block for one row; rescales what the row has so far.
     void weigh(float* scores, uint32_t* weights, long from, long low, long high, const State& s, long r) const {
         F16 v[KEYS / LANES];
-        const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const I16 lane = load<I16>(counted);
         F16 top = splat(-__builtin_inff());
         for (long i = 0; i < KEYS / LANES; ++i) {
             const I16 at = lane + int32_t(from + i * LANES);
-            v[i] = select((at >= int32_t(low)) & (at <= int32_t(high)), get(scores + i * LANES), splat(-__builtin_inff()));
+            v[i] = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), get(scores + i * LANES), splat(-__builtin_inff()));
             top = larger(v[i], top);
         }
         const float block_top = maximum(top), now = block_top > s.top[r] ? block_top : s.top[r];
-        const float keep = exponential(splat(s.top[r] - now))[0];
-        F16 total = {};
+        const float keep = lane_zero(exponential(splat(s.top[r] - now)));
+        F16 total = zero();
         for (long i = 0; i < KEYS / LANES; ++i) {
             F16 w = exponential(v[i] - now);
             if constexpr (pairs) {
-                const H16 narrow_w = narrow(w);
+                const U16 narrow_w = narrow(w);
                 w = widen(narrow_w);
-                store(weights + i * LANES / 2, narrow_w);
+                put_shorts(weights + i * LANES / 2, narrow_w);
             } else {
                 store(weights + i * LANES, w);
             }
-            total += w;
+            total = total + w;
         }
         s.weight[r] = s.weight[r] * keep + sum(total);
         if (keep != 1.0f)

@@ -33,7 +33,10 @@ struct Step<Bf16> {
     static constexpr long SIZE = 32;
     typedef __m512bh Value;
     INLINE Value read(const Bf16* from) { return (Value)load<__m512i>(from); }
-    INLINE F16 add(F16 acc, Value a, Value b) { return (F16)_mm512_dpbf16_ps((__m512)acc, a, b); }
+    INLINE F16 add(F16 acc, Value a, Value b) {
+        acc.part[0] = (F16::Part)_mm512_dpbf16_ps((__m512)acc.part[0], a, b);
+        return acc;
+    }
 };
 #endif
 
@@ -47,7 +50,9 @@ INLINE typename Step<T>::Value read_some(const T* from, long n) {
 template <class T, int R, int C>
 void dots(const T* x, long x_stride, const T* w, long w_stride, long from, long to, float* out) {
     constexpr long SIZE = Step<T>::SIZE;
-    F16 acc[R][C] = {};
+    F16 acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = zero();
     long k = from;
     for (; k + SIZE <= to; k += SIZE) {
         typename Step<T>::Value b[C];

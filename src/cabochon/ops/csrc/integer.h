@@ -35,6 +35,10 @@ INLINE int32_t four(const int8_t* from) {
 
 // total[r][c] += weights of one group of panel c (w[c]) . activations of row r (a[r]), both 32 long.
 #if CABOCHON_AVX512
+INLINE void add_products(I16& total, __m512i codes, __m512i x) {
+    total.part[0] = (I16::Part)_mm512_dpbusd_epi32((__m512i)total.part[0], codes, x);
+}
+
 template <Format F, int R, int C>
 INLINE void add_group(I16 (&total)[R][C], const int8_t* const (&a)[R], const uint8_t* const (&w)[C]) {
     if constexpr (F == INT8) {
@@ -44,7 +48,7 @@ INLINE void add_group(I16 (&total)[R][C], const int8_t* const (&a)[R], const uin
             for (int c = 0; c < C; ++c) codes[c] = load<__m512i>(w[c] + k * 64);
             for (int r = 0; r < R; ++r) {
                 const __m512i x = _mm512_set1_epi32(four(a[r] + k * 4));
-                for (int c = 0; c < C; ++c) total[r][c] = (I16)_mm512_dpbusd_epi32((__m512i)total[r][c], codes[c], x);
+                for (int c = 0; c < C; ++c) add_products(total[r][c], codes[c], x);
             }
         }
     } else {
@@ -60,8 +64,8 @@ INLINE void add_group(I16 (&total)[R][C], const int8_t* const (&a)[R], const uin
             for (int r = 0; r < R; ++r) {
                 const __m512i x = _mm512_set1_epi32(four(a[r] + k * 4)), y = _mm512_set1_epi32(four(a[r] + 16 + k * 4));
                 for (int c = 0; c < C; ++c) {
-                    total[r][c] = (I16)_mm512_dpbusd_epi32((__m512i)total[r][c], lows[c], x);
-                    total[r][c] = (I16)_mm512_dpbusd_epi32((__m512i)total[r][c], highs[c], y);
+                    add_products(total[r][c], lows[c], x);
+                    add_products(total[r][c], highs[c], y);
                 }
             }
         }
@@ -101,7 +105,8 @@ INLINE void add_group(I16 (&total)[R][C], const int8_t* const (&a)[R], const uin
                 for (int r = 0; r < R; ++r) sums[r][half] = _mm256_madd_epi16(sums[r][half], ones);
             }
         }
-        for (int r = 0; r < R; ++r) total[r][c] += join(sums[r][0], sums[r][1]);
+        for (int r = 0; r < R; ++r)
+            for (int half = 0; half < 2; ++half) total[r][c].part[half] += (I16::Part)sums[r][half];
     }
 }
 #else
@@ -119,7 +124,7 @@ INLINE void add_group(I16 (&total)[R][C], const int8_t* const (&a)[R], const uin
                         else
                             lanes[lane] += (code & 15) * a[r][k * 4 + i] + (code >> 4) * a[r][16 + k * 4 + i];
                     }
-            total[r][c] += load<I16>(lanes);
+            total[r][c] = total[r][c] + load<I16>(lanes);
         }
 }
 #endif
@@ -130,7 +135,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
     const long groups = x.groups;
     F16 value[R][C];
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) value[r][c] = from ? get(out + r * BLOCK + c * PANEL) : F16{};
+        for (int c = 0; c < C; ++c) value[r][c] = from ? get(out + r * BLOCK + c * PANEL) : zero();
     const auto* codes = static_cast<const uint8_t*>(w.codes);
     const auto* scales = static_cast<const uint8_t*>(w.scales);
     for (long g = from; g < to; ++g) {

@@ -87,7 +87,7 @@ struct Hidden {
             F16 h[2];
             for (int half = 0; half < 2; ++half) {
                 const long at = i + half * LANES, left = width - at;
-                h[half] = left > 0 ? gelu(get(gate + at, left)) * get(up + at, left) : F16{};
+                h[half] = left > 0 ? gelu(get(gate + at, left)) * get(up + at, left) : zero();
                 if (rows.data && left > 0)
                     typed(rows.dtype, rows.data, [&](auto* to) { put(to + row * rows.stride + column + at, h[half], left); });
             }
@@ -208,9 +208,9 @@ void experts_of(const Experts& op, const Rows& x, const int64_t* chosen, long fi
         typed(x.dtype, op.weights, [&](auto* weights) {
             typed(op.y.dtype, const_cast<void*>(row_of(op.y, first_token + token)), [&](auto* to) {
                 for (long i = 0; i < width; i += LANES) {
-                    F16 y = {};
+                    F16 y = zero();
                     for (long slot = 0; slot < op.per_token; ++slot) {
-                        const float weight = get(weights + (first_token + token) * op.per_token + slot, 1)[0];
+                        const float weight = lane_zero(get(weights + (first_token + token) * op.per_token + slot, 1));
                         const float* from = result + routing.place[token * op.per_token + slot] * width + i;
                         y = fma(splat(weight), get(from, width - i), y);
                     }

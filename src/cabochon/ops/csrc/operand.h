@@ -33,16 +33,16 @@ struct Operand {
 
     void set(long row, long group, F16 a, F16 b) const {
         // As integers, magnitudes order like floats and what is not a number is the largest: it reaches the scale.
-        const I16 abs_a = bits(a) & 0x7fffffff, abs_b = bits(b) & 0x7fffffff;
-        const int32_t top = maximum((abs_a > abs_b) ? abs_a : abs_b);
+        const I16 abs_a = as<I16>(a) & 0x7fffffff, abs_b = as<I16>(b) & 0x7fffffff;
+        const int32_t top = maximum(larger(abs_a, abs_b));
         float largest;
         memcpy(&largest, &top, 4);
         const float scale = largest / 127.0f;
         const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
         const I16 qa = rounded(a * inverse), qb = rounded(b * inverse);
         int8_t* to = codes + (row * groups + group) * GROUP;
-        store(to, __builtin_convertvector(qa, B16));
-        store(to + LANES, __builtin_convertvector(qb, B16));
+        put_bytes(to, qa);
+        put_bytes(to + LANES, qb);
         scales[row * groups + group] = scale;
         sums[row * groups + group] = sum(qa + qb);
     }
@@ -52,7 +52,7 @@ struct Operand {
         for (long g = 0; g < groups; ++g) {
             const long left = width - g * GROUP;
             const F16 a = get(from + g * GROUP, least(left, LANES));
-            const F16 b = left > LANES ? get(from + g * GROUP + LANES, least(left - LANES, LANES)) : F16{};
+            const F16 b = left > LANES ? get(from + g * GROUP + LANES, least(left - LANES, LANES)) : zero();
             set(row, g, a, b);
         }
     }

@@ -19,7 +19,7 @@ void over_rows(long rows, long width, const Work& work) {
 
 template <class T>
 void norm_row(const T* x, const T* weight, T* y, long width, float eps) {
-    F16 squares = {};
+    F16 squares = zero();
     for (long i = 0; i < width; i += LANES) {
         const F16 v = get(x + i, width - i);
         squares = fma(v, v, squares);
@@ -27,7 +27,7 @@ void norm_row(const T* x, const T* weight, T* y, long width, float eps) {
     const F16 scale = splat(1.0f / square_root(sum(squares) / width + eps));
     for (long i = 0; i < width; i += LANES) {
         F16 v = get(x + i, width - i) * scale;
-        if (weight) v *= get(weight + i, width - i);
+        if (weight) v = v * get(weight + i, width - i);
         put(y + i, v, width - i);
     }
 }

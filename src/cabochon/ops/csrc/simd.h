@@ -21,14 +21,83 @@ namespace {
 
 constexpr int LANES = 16;
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef int8_t B16 __attribute__((vector_size(16)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
-typedef _Float16 Half16 __attribute__((vector_size(32)));
-
 #define INLINE static inline __attribute__((always_inline))
+
+// Sixteen numbers of four bytes in as many registers as it takes. (A plain 64-byte vector would do on AVX-512 alone:
+// elsewhere GCC keeps it in memory.)
+#if CABOCHON_AVX512
+constexpr int REGISTER = 64;
+#elif CABOCHON_AVX2
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+constexpr int PARTS = 64 / REGISTER, WIDTH = REGISTER / 4;
+
+template <class E>
+struct Lanes {
+    typedef E Part __attribute__((vector_size(REGISTER)));
+    Part part[PARTS];
+    INLINE Lanes of(E value) {
+        Lanes r;
+        for (int i = 0; i < PARTS; ++i) r.part[i] = Part{} + value;
+        return r;
+    }
+};
+typedef Lanes<float> F16;
+typedef Lanes<int32_t> I16;
+typedef Lanes<uint32_t> U16;
+
+#define EACH(i) for (int i = 0; i < PARTS; ++i)
+#define OPERATOR(op)                                                                                                     \
+    template <class E>                                                                                                   \
+    INLINE Lanes<E> operator op(Lanes<E> a, Lanes<E> b) {                                                                \
+        EACH(i) a.part[i] = a.part[i] op b.part[i];                                                                      \
+        return a;                                                                                                        \
+    }                                                                                                                    \
+    template <class E>                                                                                                   \
+    INLINE Lanes<E> operator op(Lanes<E> a, decltype(E{}) b) {                                                           \
+        return a op Lanes<E>::of(b);                                                                                     \
+    }                                                                                                                    \
+    template <class E>                                                                                                   \
+    INLINE Lanes<E> operator op(decltype(E{}) a, Lanes<E> b) {                                                           \
+        return Lanes<E>::of(a) op b;                                                                                     \
+    }
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(/)
+OPERATOR(&)
+OPERATOR(|)
+#undef OPERATOR
+#define SHIFT(op)                                                                                                        \
+    template <class E>                                                                                                   \
+    INLINE Lanes<E> operator op(Lanes<E> a, int count) {                                                                 \
+        EACH(i) a.part[i] = a.part[i] op count;                                                                          \
+        return a;                                                                                                        \
+    }
+SHIFT(<<)
+SHIFT(>>)
+#undef SHIFT
+#define COMPARISON(op)                                                                                                   \
+    template <class E>                                                                                                   \
+    INLINE I16 operator op(Lanes<E> a, Lanes<E> b) {                                                                     \
+        I16 r;                                                                                                           \
+        EACH(i) r.part[i] = (I16::Part)(a.part[i] op b.part[i]);                                                         \
+        return r;                                                                                                        \
+    }
+COMPARISON(>)
+COMPARISON(>=)
+COMPARISON(!=)
+#undef COMPARISON
+
+// The same bits as another kind of number.
+template <class To, class From>
+INLINE To as(From from) {
+    To to;
+    EACH(i) to.part[i] = (typename To::Part)from.part[i];
+    return to;
+}
 
 template <class V>
 INLINE V load(const void* from) {
@@ -41,76 +110,104 @@ INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-INLINE F16 splat(float v) { return F16{} + v; }
-INLINE I16 splat(int32_t v) { return I16{} + v; }
-INLINE F16 bits(I16 v) { return (F16)v; }
-INLINE I16 bits(F16 v) { return (I16)v; }
-INLINE F16 select(I16 mask, F16 yes, F16 no) { return (F16)((mask & (I16)yes) | (~mask & (I16)no)); }
+INLINE F16 splat(float v) { return F16::of(v); }
+INLINE I16 splat(int32_t v) { return I16::of(v); }
+template <class E>
+INLINE Lanes<E> select(I16 mask, Lanes<E> yes, Lanes<E> no) {
+    EACH(i) no.part[i] = (typename Lanes<E>::Part)((mask.part[i] & (I16::Part)yes.part[i]) | (~mask.part[i] & (I16::Part)no.part[i]));
+    return no;
+}
+INLINE F16 zero() { return splat(0.0f); }
+template <class E>
+INLINE E lane_zero(Lanes<E> v) {
+    return v.part[0][0];
+}
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
-
-#if CABOCHON_AVX2
-INLINE __m256 low(F16 v) { return (__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
-INLINE __m256 high(F16 v) { return (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
-typedef float F8 __attribute__((vector_size(32)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-INLINE F16 join(__m256 a, __m256 b) {
-    return __builtin_shufflevector((F8)a, (F8)b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-INLINE I16 join(__m256i a, __m256i b) {
-    return __builtin_shufflevector((I8)a, (I8)b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-#endif
 
 // a * b + c, rounded once where the CPU can. Contraction is off, so sums are the same in every instance of a template.
 INLINE F16 fma(F16 a, F16 b, F16 c) {
 #if CABOCHON_AVX512
-    return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    c.part[0] = (F16::Part)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
 #elif CABOCHON_AVX2
-    return join(_mm256_fmadd_ps(low(a), low(b), low(c)), _mm256_fmadd_ps(high(a), high(b), high(c)));
+    EACH(i) c.part[i] = (F16::Part)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
 #else
-    return a * b + c;
+    EACH(i) c.part[i] = a.part[i] * b.part[i] + c.part[i];
 #endif
+    return c;
 }
 
 // To the nearest integer, ties to even.
 INLINE I16 rounded(F16 v) {
+    I16 r;
 #if CABOCHON_AVX512
-    return (I16)_mm512_cvtps_epi32((__m512)v);
+    r.part[0] = (I16::Part)_mm512_cvtps_epi32((__m512)v.part[0]);
 #elif CABOCHON_AVX2
-    return join(_mm256_cvtps_epi32(low(v)), _mm256_cvtps_epi32(high(v)));
+    EACH(i) r.part[i] = (I16::Part)_mm256_cvtps_epi32((__m256)v.part[i]);
 #else
-    I16 out;
-    for (int i = 0; i < LANES; ++i) out[i] = (int32_t)__builtin_rintf(v[i]);
-    return out;
+    EACH(i) for (int lane = 0; lane < WIDTH; ++lane) r.part[i][lane] = (int32_t)__builtin_rintf(v.part[i][lane]);
 #endif
+    return r;
 }
 
-INLINE F16 to_float(I16 v) { return __builtin_convertvector(v, F16); }
-
-// Sums and maxima over the lanes, always in the same tree.
-template <class V, class Op>
-INLINE auto fold(V v, Op op) {
-    V w = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v = op(v, w);
-    v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return v[0];
-}
-INLINE float sum(F16 v) {
-    return fold(v, [](F16 a, F16 b) { return a + b; });
-}
-INLINE int32_t sum(I16 v) {
-    return fold(v, [](I16 a, I16 b) { return a + b; });
-}
-INLINE F16 larger(F16 a, F16 b) { return select(a > b, a, b); }
-INLINE float maximum(F16 v) { return fold(v, larger); }
-INLINE int32_t maximum(I16 v) {
-    return fold(v, [](I16 a, I16 b) { return (a > b) ? a : b; });
+INLINE F16 to_float(I16 v) {
+    F16 r;
+    EACH(i) r.part[i] = __builtin_convertvector(v.part[i], F16::Part);
+    return r;
 }
 
-// Square roots only need one lane.
+// Bytes and halves of words, sixteen at a time, to and from memory.
+typedef int8_t ByteRun __attribute__((vector_size(REGISTER / 4)));
+typedef uint16_t ShortRun __attribute__((vector_size(REGISTER / 2)));
+INLINE void put_bytes(int8_t* to, I16 v) { EACH(i) store(to + i * WIDTH, __builtin_convertvector(v.part[i], ByteRun)); }
+INLINE I16 get_bytes(const int8_t* from) {
+    I16 r;
+    EACH(i) r.part[i] = __builtin_convertvector(load<ByteRun>(from + i * WIDTH), I16::Part);
+    return r;
+}
+INLINE void put_shorts(void* to, U16 v) {
+    EACH(i) store(static_cast<uint16_t*>(to) + i * WIDTH, __builtin_convertvector(v.part[i], ShortRun));
+}
+INLINE U16 get_shorts(const void* from) {
+    U16 r;
+    EACH(i) r.part[i] = __builtin_convertvector(load<ShortRun>(static_cast<const uint16_t*>(from) + i * WIDTH), U16::Part);
+    return r;
+}
+
+// Sums and maxima over the lanes: always lane i with i + 8, then 4, 2, 1.
+template <class E, class Op>
+INLINE E fold(Lanes<E> v, Op op) {
+    for (int apart = PARTS / 2; apart; apart /= 2)
+        for (int i = 0; i < apart; ++i) v.part[i] = op(v.part[i], v.part[i + apart]);
+    auto w = v.part[0];
+#if CABOCHON_AVX512
+    w = op(w, __builtin_shufflevector(w, w, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    w = op(w, __builtin_shufflevector(w, w, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    w = op(w, __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    w = op(w, __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif CABOCHON_AVX2
+    w = op(w, __builtin_shufflevector(w, w, 4, 5, 6, 7, 0, 1, 2, 3));
+    w = op(w, __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5));
+    w = op(w, __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    w = op(w, __builtin_shufflevector(w, w, 2, 3, 0, 1));
+    w = op(w, __builtin_shufflevector(w, w, 1, 0, 3, 2));
+#endif
+    return w[0];
+}
+template <class E>
+INLINE E sum(Lanes<E> v) {
+    return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+template <class E>
+INLINE E maximum(Lanes<E> v) {
+    return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+template <class E>
+INLINE Lanes<E> larger(Lanes<E> a, Lanes<E> b) {
+    return select(a > b, a, b);
+}
+
 INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 
 // float32 and bfloat16 in memory, float32 in registers.
@@ -118,19 +215,16 @@ struct Bf16 {
     uint16_t raw;
 };
 
-INLINE F16 widen(H16 v) { return (F16)(__builtin_convertvector(v, U16) << 16); }
-INLINE H16 narrow(F16 v) {  // to nearest even; what is not a number stays so
-    U16 u = (U16)v;
-    U16 even = u + 0x7fff + ((u >> 16) & 1);
-    U16 quiet = u | 0x400000;
-    U16 nan = (U16)(v != v);
-    return __builtin_convertvector(((nan & quiet) | (~nan & even)) >> 16, H16);
+INLINE F16 widen(U16 v) { return as<F16>(v << 16); }
+INLINE U16 narrow(F16 v) {  // to nearest even; what is not a number stays so
+    const U16 u = as<U16>(v), even = u + 0x7fffu + ((u >> 16) & 1u);
+    return select(v != v, u | 0x400000u, even) >> 16;
 }
 
 INLINE F16 get(const float* from) { return load<F16>(from); }
-INLINE F16 get(const Bf16* from) { return widen(load<H16>(from)); }
+INLINE F16 get(const Bf16* from) { return widen(get_shorts(from)); }
 INLINE void put(float* to, F16 v) { store(to, v); }
-INLINE void put(Bf16* to, F16 v) { store(to, narrow(v)); }
+INLINE void put(Bf16* to, F16 v) { put_shorts(to, narrow(v)); }
 
 // The first n lanes; the others are zero, or left alone.
 template <class T>
@@ -149,25 +243,27 @@ INLINE void put(T* to, F16 v, long n) {
 }
 
 INLINE F16 get_half(const void* from) {
+    F16 r;
 #if CABOCHON_AVX512
-    return (F16)_mm512_cvtph_ps(load<__m256i>(from));
+    r.part[0] = (F16::Part)_mm512_cvtph_ps(load<__m256i>(from));
 #elif CABOCHON_AVX2
-    return join(_mm256_cvtph_ps(load<__m128i>(from)), _mm256_cvtph_ps(load<__m128i>((const char*)from + 16)));
+    EACH(i) r.part[i] = (F16::Part)_mm256_cvtph_ps(load<__m128i>(static_cast<const char*>(from) + i * 16));
 #else
     // 5 exponent bits to 8: shift into place, then rescale by 2^112 so that subnormal halves come out right too.
-    U16 u = __builtin_convertvector(load<H16>(from), U16);
-    F16 magnitude = (F16)((u & 0x7fff) << 13) * splat(0x1p112f);
-    return (F16)((U16)magnitude | ((u & 0x8000) << 16));
+    const U16 u = get_shorts(from);
+    r = as<F16>((u & 0x7fffu) << 13) * 0x1p112f;
+    r = as<F16>(as<U16>(r) | ((u & 0x8000u) << 16));
 #endif
+    return r;
 }
 
 // e^x to about 1 unit in the last place; 0 below -87 (so that a masked score weighs nothing).
 INLINE F16 exponential(F16 x) {
-    I16 tiny = x < -87.0f;
+    const I16 tiny = splat(-87.0f) > x;
     x = select(tiny, splat(-87.0f), x);
-    x = select(x > 88.0f, splat(88.0f), x);
-    I16 n = rounded(x * 1.44269504f);
-    F16 t = to_float(n);
+    x = select(x > splat(88.0f), splat(88.0f), x);
+    const I16 n = rounded(x * 1.44269504f);
+    const F16 t = to_float(n);
     F16 r = fma(t, splat(-0.693145752f), x);
     r = fma(t, splat(-1.42860677e-6f), r);
     F16 p = splat(1.0f / 5040);
@@ -178,14 +274,13 @@ INLINE F16 exponential(F16 x) {
     p = fma(p, r, splat(0.5f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
-    F16 y = p * bits((n + 127) << 23);
-    return select(tiny, splat(0.0f), y);
+    return select(tiny, zero(), p * as<F16>((n + 127) << 23));
 }
 
 // x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is gelu with tanh.
 INLINE F16 gelu(F16 x) {
-    F16 inner = x * fma(x * x, splat(0.0713548162726f), splat(1.59576912161f));
-    return x / (1.0f + exponential(-inner));
+    const F16 inner = x * fma(x * x, splat(0.0713548162726f), splat(1.59576912161f));
+    return x / (1.0f + exponential(0.0f - inner));
 }
 
 // tanh by e^2x; the absolute error stays at float32's.
