@@ -14,8 +14,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
-
 
 def compiled(kernel, arguments: dict[str, object], constants: dict[str, object], arch: int, **options: int):
     """(shared bytes, registers, spilled bytes) of `kernel` with `arguments` name -> Triton type, for sm_`arch`."""
@@ -44,23 +42,65 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def attention(arch: int, head: int, decode: bool, layout: str = "two tensors", group: int = 4):
+def attention(arch: int, head: int, decode: bool):
+    """A tile with what it is used for: sliding layers of two tensors, global ones whose value is the key."""
     from cabochon.ops.triton_attention import CHUNK, _attend
     from cabochon.ops.triton_tiles import attend_tile
 
-    tile = attend_tile(arch, head, decode)
+    tile, group, wide = attend_tile(arch, head, decode), 4, head == 256
     pointers = {name: "*i32" for name in _attend.arg_names if name.endswith("_ptr")}
     pointers |= dict.fromkeys(("q_ptr", "step_ptr", "pages_ptr", "out_ptr"), "*bf16")
     pointers |= dict.fromkeys(("scales_ptr", "acc_ptr", "softmax_ptr"), "*fp32")
     sizes = {"tiles": "i32", "table_width": "i32", "queries": "i32"}
-    wide = layout == "two tensors"
     constants = {
         "K": 2, "G": group, "H": head, "W": 2 * head if wide else head + head // 4, "KEY": 0 if wide else head // 4,
-        "VALUE": head if wide else 0, "S": 16, "WINDOW": 0 if head == 512 else 1024, "PAST": True, "SPLIT": 0,
+        "VALUE": head if wide else 0, "S": 32, "WINDOW": 1024 if wide else 0, "PAST": True, "SPLIT": 0,
         "CHUNK": CHUNK if decode else 0, "BQ": tile.rows // group, "BG": group, "BN": tile.keys,
         "BV": min(tile.columns, head),
     }  # fmt: skip
     return compiled(_attend, pointers | sizes, constants, arch, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def join(arch: int, head: int):
+    from cabochon.ops.triton_attention import _join
+
+    arguments = {"acc_ptr": "*fp32", "softmax_ptr": "*fp32", "chunks_ptr": "*i32", "out_ptr": "*bf16", "lines": "i32"}
+    return compiled(_join, arguments, {"N": 8, "H": head, "BN": 2048 // head}, arch, num_warps=4)
+
+
+def matmul(arch: int, format: str):
+    from cabochon.ops.triton_matmul import FORMATS, _gated
+    from cabochon.ops.triton_tiles import matmul_tile
+
+    codes, scales = {"plain": ("*bf16", "*bf16"), "int8": ("*i8", "*fp32"), "int4": ("*u8", "*fp16")}[format]
+    arguments = {"x_ptr": "*bf16", "gate_ptr": codes, "gate_scale_ptr": scales, "up_ptr": codes}
+    arguments |= {"up_scale_ptr": scales, "y_ptr": "*bf16", "rows": "i32"}
+    constants = {"I": 2816, "O": 2112, "FORMAT": FORMATS.get(format, 0)}
+    return tiled(_gated, arguments, constants, matmul_tile(arch), arch)
+
+
+def experts(arch: int, pairs: int, format: str):
+    from cabochon.ops.triton_experts import _inner
+    from cabochon.ops.triton_matmul import FORMATS
+    from cabochon.ops.triton_tiles import experts_tile
+
+    codes, scales = {"plain": ("*bf16", "*bf16"), "int8": ("*i8", "*fp32"), "int4": ("*u8", "*fp16")}[format]
+    arguments = {"x_ptr": "*bf16", "w_ptr": codes, "scale_ptr": scales, "y_ptr": "*bf16"}
+    arguments |= {"pair_ptr": "*i64", "expert_ptr": "*i64"}
+    constants = {"CHOICES": 8, "COUNT": 128, "I": 2816, "O": 704, "FORMAT": FORMATS.get(format, 0)}
+    return tiled(_inner, arguments, constants, experts_tile(arch, pairs, 128), arch)
+
+
+def tiled(kernel, arguments, constants, tile, arch: int):
+    constants = constants | {"BR": tile.rows, "BO": tile.outputs, "BI": tile.inputs}
+    return compiled(kernel, arguments, constants, arch, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def store(arch: int, float8: bool):
+    from cabochon.ops.triton_rows import _store
+
+    arguments = {"rows_ptr": "*bf16", "slots_ptr": "*i64", "pages_ptr": "*u8", "scales_ptr": "*fp32"}
+    return compiled(_store, arguments, {"K": 2, "W": 640, "SPLIT": 512, "FLOAT8": float8, "B": 1024}, arch, num_warps=4)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class MatmulTile:
 _ATTEND = {
     # (generation, head width, decode?) -> tile. Narrow heads of toy models take the line of 256.
     (75, 256, True): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=2),
-    (75, 256, False): AttendTile(rows=32, keys=16, columns=256, warps=8, stages=1),
+    (75, 256, False): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
     (75, 512, True): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
     (75, 512, False): AttendTile(rows=16, keys=16, columns=256, warps=4, stages=1),
     (80, 256, True): AttendTile(rows=16, keys=32, columns=256, warps=4, stages=3),
@@ -77,14 +77,14 @@ def attend_tile(arch: int, head: int, decode: bool) -> AttendTile:
 
 _FEW = {
     # generation -> tile for few rows, where the weight's bytes are the work
-    75: MatmulTile(rows=16, outputs=32, inputs=128, warps=4, stages=2),
+    75: MatmulTile(rows=16, outputs=32, inputs=64, warps=4, stages=1),
     80: MatmulTile(rows=16, outputs=32, inputs=256, warps=4, stages=3),
     86: MatmulTile(rows=16, outputs=32, inputs=128, warps=4, stages=3),
     90: MatmulTile(rows=16, outputs=32, inputs=256, warps=4, stages=4),
 }
 _MANY = {
     # generation -> tile for many rows
-    75: MatmulTile(rows=64, outputs=64, inputs=32, warps=4, stages=2),
+    75: MatmulTile(rows=32, outputs=32, inputs=32, warps=4, stages=1),
     80: MatmulTile(rows=64, outputs=64, inputs=64, warps=4, stages=3),
     86: MatmulTile(rows=64, outputs=64, inputs=32, warps=4, stages=3),
     90: MatmulTile(rows=64, outputs=64, inputs=64, warps=4, stages=4),
