@@ -56,7 +56,7 @@ HARDWARE = (
     _gpu("RTX 4070 Ti", 12_282, 504, 80.2, 321, "NVIDIA Ada white paper"),
     _gpu("RTX 4090", 24_564, 1_008, 165.2, 660.6, "NVIDIA Ada white paper"),
     _gpu("RTX 5090", 32_607, 1_792, 209.5, 838, "NVIDIA RTX Blackwell white paper"),
-    _gpu("RTX PRO 6000", 97_887, 1_792, 251.9, 1_007.6, "NVIDIA RTX Blackwell white paper, scaled to 188 SMs"),
+    _gpu("RTX PRO 6000", 97_887, 1_792, 503.8, 1_007.6, "NVIDIA RTX PRO Blackwell white paper"),
     _gpu("T4", 15_360, 320, 65, 130, "NVIDIA T4 data sheet (float16; no bfloat16)"),
     _gpu("L4", 23_034, 300, 121, 242, "NVIDIA L4 data sheet, halved for density"),
     _gpu("L40S", 46_068, 864, 362, 733, "NVIDIA L40S data sheet"),
