@@ -42,6 +42,11 @@ def toy_llm(**engine: Any) -> AsyncLLM:
     return AsyncLLM.of(loaded, policy=Policy(remote=False), max_num_seqs=16, **engine)
 
 
+def bundled_llm(**engine: Any) -> AsyncLLM:
+    """An engine around the bundled checkpoint."""
+    return AsyncLLM(policy=Policy(remote=False), **engine)
+
+
 @contextmanager
 def running(llm: AsyncLLM, **options: Any) -> Iterator[str]:
     """A server in a thread of this process; its base URL."""
@@ -49,7 +54,7 @@ def running(llm: AsyncLLM, **options: Any) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     traffic = Traffic()
-    app = create_app(llm, ServerOptions(names=(NAME, "toy-alias"), port=port, **options), traffic)
+    app = create_app(llm, ServerOptions(names=(llm.name, "toy-alias"), port=port, **options), traffic)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
