@@ -40,7 +40,7 @@ def run(settings: ServeSettings) -> None:
     llm = AsyncLLM.of(
         loaded,
         max_model_len=settings.max_model_len,
-        policy=Policy(folder=settings.media_folder, max_bytes=settings.media_bytes),
+        policy=Policy(**settings.media),
         loop_guard=settings.loop_guard,
         media_options=settings.media_options,
         **settings.engine,

@@ -37,9 +37,9 @@ class ServeSettings:
     """Options of the server, names aside."""
     names: tuple[str, ...]
     chat_template: Path | None
-    media_folder: Path | None
     media_options: dict[str, Any]
-    media_bytes: int
+    media: dict[str, Any]
+    """Limits of `media.source.Policy`."""
     loop_guard: int
     log_level: str
     notices: tuple[str, ...] = field(default=())
@@ -102,9 +102,14 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         server=_given(server),
         names=tuple(read.served_model_name or ()),
         chat_template=template,
-        media_folder=read.allowed_local_media_path,
         media_options=_media_options(read.mm_processor_kwargs),
-        media_bytes=int(read.max_media_mib * (1 << 20)),
+        media={
+            "folder": read.allowed_local_media_path,
+            "max_bytes": int(read.max_media_mib * (1 << 20)),
+            "max_image_tokens": read.max_image_tokens,
+            "max_frames": read.max_video_frames,
+            "private_addresses": read.allow_private_media_urls,
+        },
         loop_guard=read.loop_guard,
         log_level=read.log_level,
         notices=tuple(notices),
@@ -144,7 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit-mm-per-prompt", metavar="JSON", help='most parts per request, as {"image": 4, "audio": 1}')
     add("--mm-processor-kwargs", metavar="JSON", help='defaults for parts, as {"max_soft_tokens": 560}')
     add("--language-model-only", action="store_true", help="refuse every image, video and sound")
-    add("--allowed-local-media-path", type=Path, metavar="FOLDER", help="files that requests may name")
+    add(
+        "--allowed-media-dir",
+        "--allowed-local-media-path",
+        dest="allowed_local_media_path",
+        type=Path,
+        metavar="FOLDER",
+        help="files that requests may name",
+    )
+    add("--allow-private-media-urls", action="store_true", help="fetch media from private and loopback addresses too")
+    add("--max-image-tokens", type=int, default=1120, metavar="N", help="most soft tokens of an image (70 to 1120)")
+    add("--max-video-frames", type=int, default=128, metavar="N", help="most frames of a video")
     add("--max-media-mib", type=float, default=64, metavar="MIB", help="of one image, video or sound")
 
     door = parser.add_argument_group("door")

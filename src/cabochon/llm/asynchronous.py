@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -39,9 +39,11 @@ class AsyncLLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
+        quantization: str | None = None,
         **engine_options: Any,
     ) -> None:
-        self._start(Front(load(model, device, dtype), max_model_len=max_model_len, **engine_options))
+        loaded = load(model, device, dtype, quantization=quantization)
+        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
 
     @classmethod
     def of(cls, loaded: Loaded, *, max_model_len: int | None = None, **engine_options: Any) -> AsyncLLM:
@@ -162,6 +164,7 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
+        media_options: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[Chunk]:
         """The chunks of all n replies to a conversation: events, token ids and logprobs together.
 
@@ -176,6 +179,7 @@ class AsyncLLM:
             params=params,
             constraint=constraint,
             priority=priority,
+            media_options=media_options,
         )
         async with aclosing(self._serve(ask)) as chunks:
             async for chunk in chunks:

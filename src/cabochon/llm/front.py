@@ -99,14 +99,18 @@ class Front:
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
+        media_options: Mapping[str, Any] | None = None,
     ) -> Ask:
-        """The request that answers a conversation. Fetching media may block."""
+        """The request that answers a conversation. Fetching media may block.
+
+        `media_options` are for parts that don't say themselves, before the front's own (see `senses.OPTIONS`).
+        """
         tools = list(tools) if tools else None
         prompt = self.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
         spans: tuple[SoftSpan, ...] = ()
         tokenizer, senses = self._text_tools()
         if prompt.media:
-            prompt, spans = senses.expand(prompt, self.media_options)
+            prompt, spans = senses.expand(prompt, {**(self.media_options or {}), **(media_options or {})})
         ends = {tokenizer.turn_close, tokenizer.tool_response_open}
         params = self._settle(params, len(prompt.token_ids))
         request = Request(

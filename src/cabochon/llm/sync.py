@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class LLM:
         device: `auto`, `cpu`, `cuda`, `mps`.
         dtype: `auto` (as the checkpoint was saved), `bfloat16`, `float32`, ...
         max_model_len: context in tokens, prompt and reply together; None: as much as the model has and fits.
+        quantization: int8 or int4 rounds the matrices while they are loaded; None leaves them as they are stored.
         engine_options: see `engine.options.EngineOptions`.
 
     Several threads may use one `LLM`; their requests are batched.
@@ -39,9 +40,11 @@ class LLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
+        quantization: str | None = None,
         **engine_options: Any,
     ) -> None:
-        self._start(Front(load(model, device, dtype), max_model_len=max_model_len, **engine_options))
+        loaded = load(model, device, dtype, quantization=quantization)
+        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
 
     @classmethod
     def of(cls, loaded: Loaded, *, max_model_len: int | None = None, **engine_options: Any) -> LLM:
@@ -94,9 +97,22 @@ class LLM:
         thinking: bool | None = None,
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
+        media_options: Mapping[str, Any] | None = None,
     ) -> Reply:
-        """The reply to a conversation. `thinking` None: what the system prompt says, else off."""
-        return Reply.of(self.stream(messages, tools=tools, thinking=thinking, params=params, constraint=constraint))
+        """The reply to a conversation. `thinking` None: what the system prompt says, else off.
+
+        `media_options` (`max_soft_tokens`, `fps`, ...) hold for media parts that don't say themselves.
+        """
+        return Reply.of(
+            self.stream(
+                messages,
+                tools=tools,
+                thinking=thinking,
+                params=params,
+                constraint=constraint,
+                media_options=media_options,
+            )
+        )
 
     def stream(
         self,
@@ -106,11 +122,19 @@ class LLM:
         thinking: bool | None = None,
         params: SamplingParams | None = None,
         constraint: ConstraintMaker | None = None,
+        media_options: Mapping[str, Any] | None = None,
     ) -> Iterator[Event]:
         """The reply's events as they come, `Finish` last. Closing the iterator ends the reply."""
         if params is not None and params.n != 1:
             raise InputError(f"n is {params.n}, but a chat with events has one reply; call it {params.n} times.")
-        ask = self.front.chat(messages, tools=tools, thinking=thinking, params=params, constraint=constraint)
+        ask = self.front.chat(
+            messages,
+            tools=tools,
+            thinking=thinking,
+            params=params,
+            constraint=constraint,
+            media_options=media_options,
+        )
         return (event for chunk in self._serve([ask]) for event in chunk.events)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlsplit
 
-from ..errors import MediaError
+from ..errors import InputError, MediaError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -52,6 +52,11 @@ class Policy:
     max_video_seconds: float = 600.0
     max_audio_seconds: float = 600.0
     """Of a sound that is split; in one piece the model's 30 seconds hold."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_image_tokens", 70), ("max_frames", 1), ("max_bytes", 1), ("max_pixels", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
 
     @classmethod
     def for_owner(cls) -> Policy:

@@ -25,6 +25,7 @@ from .options import ServerOptions
 from .routes_anthropic import anthropic_routes
 from .routes_openai import openai_routes
 from .routes_responses import responses_routes
+from .routes_speech import speech_routes
 from .service import Service
 from .sse import ClientGoneError
 
@@ -41,6 +42,7 @@ def create_app(llm: AsyncLLM, options: ServerOptions, traffic: Traffic | None = 
     app.include_router(openai_routes(service))
     app.include_router(responses_routes(service))
     app.include_router(anthropic_routes(service))
+    app.include_router(speech_routes(service))
     _plain_routes(app, service, traffic)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _error_handlers(app)

@@ -41,6 +41,8 @@ class Ask:
     thinking: bool | None = None
     budget: int | None = None
     preserve_thinking: bool = False
+    media_options: Mapping[str, Any] = field(default_factory=dict)
+    """For media parts that don't say themselves how they are to be cut."""
     notes: tuple[str, ...] = field(default=())
     """Said to the caller beside the reply."""
 

@@ -60,6 +60,7 @@ def read_chat(request: wire.ChatRequest) -> Ask:
         thinking=think,
         budget=budget,
         preserve_thinking=bool(kwargs.preserve_thinking),
+        media_options=request.mm_processor_kwargs.model_dump(exclude_none=True) if request.mm_processor_kwargs else {},
     )
 
 

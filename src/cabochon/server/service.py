@@ -69,6 +69,7 @@ class Service:
                 preserve_thinking=ask.preserve_thinking,
                 params=self._bounded(ask.params),
                 constraint=rules.begin,
+                media_options=ask.media_options,
             )
             async with aclosing(self._timed(chunks)) as timed:
                 async for chunk in timed:

@@ -121,6 +121,17 @@ class TemplateKwargs(Wire):
     preserve_thinking: bool | None = None
 
 
+class MediaKwargs(Wire):
+    """vLLM's way to say how media are cut; it holds for parts that don't say themselves."""
+
+    max_soft_tokens: Literal[70, 140, 280, 560, 1120] | None = Field(None, description="Per image.")
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    num_frames: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_frames: Annotated[int, Field(ge=1, le=4096)] | None = None
+    sound: bool | None = Field(None, description="A video's sound track comes after its frames.")
+    split: bool | None = Field(None, description="Sound of more than 30 seconds is cut into overlapping pieces.")
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
@@ -141,6 +152,7 @@ class ChatRequest(Sampling):
     reasoning_effort: Effort | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, le=2**31)] | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    mm_processor_kwargs: MediaKwargs | None = None
 
 
 # Completions and tokens ---------------------------------------------------------------------------------------------
