@@ -1,0 +1,134 @@
+"""What training reads: tasks by their shares, rendered by the chat template, the tokens to predict marked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import arithmetic
+import knowledge
+import reasoning
+import tools
+from case import Case, Generator, draw
+from prose import passage
+
+from cabochon.chat.template import Template
+
+
+@dataclass(frozen=True)
+class Task:
+    generator: Generator
+    share: float
+    """Of all conversations."""
+    split: bool = True
+    """False where training and scoring differ by phrasing instead of content."""
+
+
+TASKS = (
+    Task(arithmetic.add, 0.24),
+    Task(arithmetic.subtract, 0.12),
+    Task(arithmetic.multiply, 0.04),
+    Task(arithmetic.add_at_once, 0.03),
+    Task(arithmetic.subtract_at_once, 0.02),
+    Task(reasoning.sort_numbers, 0.03),
+    Task(reasoning.letters, 0.05),
+    Task(reasoning.weekday, 0.04),
+    Task(reasoning.where_is, 0.05),
+    Task(tools.known_tool, 0.12),
+    Task(tools.tool_answer, 0.04),
+    Task(tools.new_tool, 0.14),
+    Task(knowledge.facts, 0.06, split=False),
+    Task(knowledge.extract, 0.05),
+    Task(knowledge.memory, 0.06),
+    Task(knowledge.obey, 0.04),
+    Task(knowledge.needle, 0.03),
+    Task(knowledge.beyond, 0.04),
+    Task(knowledge.greet, 0.015, split=False),
+)
+PROSE = 0.02
+"""Pieces of prose for each conversation."""
+UNNEEDED_THOUGHT = 0.25
+"""How often a task that needs no thinking is asked with thinking on."""
+
+
+def conversation(rng: random.Random) -> Case:
+    task = rng.choices(TASKS, weights=[task.share for task in TASKS])[0]
+    return draw(task.generator, rng, test=False) if task.split else task.generator(rng)
+
+
+def plain_text(rng: random.Random, generator: Generator) -> str:
+    """Roughly what the template makes of a case, without control tokens, for the tokenizer to learn from."""
+    case = generator(rng)
+    parts = ["system\n"] if case.tools or case.thinking else []
+    for tool in case.tools:
+        spec = tool["function"]
+        keys = ",".join(
+            f"{key}:{{description:{what.get('description', '')},type:{what['type'].upper()}"
+            for key, what in spec["parameters"]["properties"].items()
+        )
+        parts.append(
+            f"declaration:{spec['name']}{{description:{spec['description']},parameters:{{properties:{{{keys}}},"
+            f"required:[{','.join(spec['parameters']['required'])}],type:OBJECT}}}}"
+        )
+    for message in [*case.messages, case.reply]:
+        role = {"assistant": "model", "tool": "response:value:"}.get(message["role"], message["role"])
+        parts.append(f"{role}\n{message['content']}")
+        if "reasoning" in message:
+            parts.append(f"thought\n{message['reasoning']}\n")
+        for call in message.get("tool_calls", ()):
+            arguments = ",".join(f"{k}:{v}" for k, v in call["function"]["arguments"].items())
+            parts.append(f"call:{call['function']['name']}{{{arguments}}}")
+    return "\n".join(parts)
+
+
+Document = tuple[list[int], list[bool]]
+"""Token ids, and for each whether it should be predicted."""
+
+
+def documents(template: Template, seed: int) -> Iterator[Document]:
+    """An endless stream of conversations and prose."""
+    rng = random.Random(seed)
+    while True:
+        if rng.random() < PROSE:
+            ids = [template.tokenizer.bos, *template.tokenizer.encode(passage(rng, 900))]
+            yield ids, [False] + [True] * (len(ids) - 1)
+        else:
+            yield document(conversation(rng), template, rng.random() < UNNEEDED_THOUGHT)
+
+
+def document(case: Case, template: Template, idle_thought: bool = False) -> Document:
+    """A conversation with the model's own tokens marked: its turns without the tools' responses.
+
+    With thinking on, only the last turn counts: the thoughts of earlier turns are gone from the history, and a turn
+    without its thought would teach the model not to think.
+    """
+    thinking, reply = case.thinking, case.reply
+    if idle_thought and not thinking and case.task not in ("add", "subtract"):
+        thinking, reply = True, {**reply, "reasoning": "No steps needed."}
+    ids = list(
+        template.render(
+            [*case.messages, reply], tools=case.tools, thinking=thinking, add_generation_prompt=False
+        ).token_ids
+    )
+    marks = _mark(ids, template, last_only=thinking)
+    end = max(i for i, mark in enumerate(marks) if mark) + 1
+    return ids[:end], marks[:end]
+
+
+def _mark(ids: list[int], template: Template, last_only: bool) -> list[bool]:
+    t = template.tokenizer
+    opening = [t.turn_open, *t.encode("model\n")]
+    starts = [i + len(opening) for i in range(len(ids)) if ids[i : i + len(opening)] == opening]
+    marks = [False] * len(ids)
+    for start in starts[-1:] if last_only else starts:
+        counts = True
+        for i in range(start, len(ids)):
+            marks[i] = counts
+            if ids[i] == t.turn_close:
+                break
+            if ids[i] == t.tool_response_open:
+                counts = False
+            elif ids[i] == t.tool_response_close:
+                counts = True
+    return marks

@@ -1,0 +1,62 @@
+"""`cabochon eval`: the card of a model, measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..evaluate import Line
+
+
+def eval_models(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a repository or a short name; none: the bundled model.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="`pebble`, or a task file (.jsonl, .jsonl.gz).")] = "pebble",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many exercises of each task.")] = None,
+    withhold: Annotated[bool, typer.Option(help="Run exercises with thinking a second time without.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
+) -> None:
+    """Score a model on exercises with exact answers: share right, 95 % interval, what guessing scores."""
+    from .. import evaluate
+    from ..llm import AsyncLLM
+
+    exercises = evaluate.read_tasks(evaluate.BUNDLED_TASKS if suite == "pebble" else Path(suite))
+    if task:
+        names = sorted({e.task for e in exercises})
+        if strange := [name for name in task if name not in names]:
+            raise InputError(f"{suite} has no task {strange[0]!r}; it has {', '.join(names)}.")
+        exercises = [e for e in exercises if e.task in task]
+    exercises = evaluate.thin(exercises, limit) if limit else exercises
+    llm = AsyncLLM(model, device=device, dtype=dtype)
+    try:
+        card = evaluate.evaluate(llm, exercises, withhold=withhold)
+    finally:
+        llm.close()
+    if as_json:
+        print(json.dumps({"model": llm.name, "suite": suite, "card": [line.as_dict() for line in card]}, indent=2))
+    else:
+        _print(card)
+
+
+def _print(card: list[Line]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("task", no_wrap=True)
+    for heading in ("right", "95 % interval", "n", "guessing", "thinking withheld"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in card:
+        withheld = "" if line.withheld is None else f"{line.withheld:.1%}"
+        interval = f"{line.low:.1%} to {line.high:.1%}"
+        table.add_row(line.task, f"{line.score:.1%}", interval, str(line.n), f"{line.chance:.1%}", withheld)
+    Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(table)

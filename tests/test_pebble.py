@@ -1,0 +1,279 @@
+"""The bundled checkpoint: what its files promise, what it can do, and that training never saw what scoring asks."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cabochon import evaluate
+from cabochon.chat.messages import Reply, ToolCall
+from cabochon.chat.template import Template
+from cabochon.chat.tokenizer import Tokenizer
+from cabochon.cli import app
+from cabochon.config import read_config
+from cabochon.errors import InputError
+from cabochon.hub import BUNDLED
+from cabochon.llm import LLM, AsyncLLM
+from cabochon.ops import reference
+from cabochon.weights.params import parameters
+
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "pebble"
+sys.path.insert(0, str(SCRIPTS))
+
+import heldout  # noqa: E402
+import mixture  # noqa: E402
+from case import draw, held_out  # noqa: E402
+
+TOKENIZER = Tokenizer.from_file(BUNDLED)
+
+
+# The folder --------------------------------------------------------------------------------------------------------
+
+
+def test_small_enough_and_shaped_like_e2b():
+    config = read_config(BUNDLED)
+    kinds = [spec.kind for spec in config.text.layers]
+    assert kinds == (["sliding"] * 4 + ["global"]) * 2
+    assert [spec.owns_kv for spec in config.text.layers] == [True] * 5 + [False] * 5
+    assert {spec.ffn_width for spec in config.text.layers[5:]} == {2 * config.text.layers[0].ffn_width}
+    assert config.text.hidden_size_per_layer_input > 0
+    assert config.text.final_logit_softcapping == 30.0
+    assert sum(p.count for p in parameters(config)) * 2 < 12e6
+    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 12e6
+
+
+def test_the_first_107_ids_are_those_of_the_family():
+    facts = os.environ.get("CABOCHON_FACTS")
+    if not facts:
+        pytest.skip("needs the shared facts (CABOCHON_FACTS)")
+    family = json.loads((Path(facts) / "tokenizer.json").read_text())
+    ours = json.loads((BUNDLED / "tokenizer.json").read_text())
+    by_id = [{i: piece for piece, i in t["model"]["vocab"].items() if i < 107} for t in (family, ours)]
+    assert by_id[0] == by_id[1]
+    control = [{a["id"] for a in t["added_tokens"] if a["id"] < 107} for t in (family, ours)]
+    assert control[0] == control[1]
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        assert ours[part] == family[part]
+
+
+def test_media_placeholders_are_at_the_top_and_digits_alone():
+    assert [TOKENIZER.control[i] for i in range(2041, 2048)] == [
+        "<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>", "<|video|>",
+    ]  # fmt: skip
+    assert [TOKENIZER.decode([i]) for i in TOKENIZER.encode("x 1234,56")] == list("x 1234,56")
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back(text):
+    text = text.encode(errors="replace").decode().replace("▁", "")  # the normaliser can't tell that one from a space
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_loads_in_transformers_with_the_same_ids_and_logits():
+    from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
+
+    text = "Set a timer for 25 minutes.\n\nÜber 9 naïve cafés {}"
+    assert AutoTokenizer.from_pretrained(BUNDLED)(text, add_special_tokens=False).input_ids == TOKENIZER.encode(text)
+    oracle = Gemma4ForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    ids = [TOKENIZER.bos, *TOKENIZER.encode(text * 20)]
+    with torch.no_grad():
+        wanted = oracle(torch.tensor([ids])).logits[0]
+    got = LLM(dtype="float32").logits(ids)
+    assert (got.softmax(-1) - wanted.softmax(-1)).abs().max() < 1e-3
+    assert (got - wanted).abs().max() < 0.02
+
+
+# The split ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_never_meets_a_held_out_content():
+    rng = random.Random(7)
+    lines = [json.loads(line) for line in gzip.decompress(evaluate.BUNDLED_TASKS.read_bytes()).splitlines()]
+    asked = {json.dumps([line["messages"], line.get("tools")]) for line in lines}
+    for task, _ in itertools.product(mixture.TASKS, range(150)):
+        case = draw(task.generator, rng, test=False) if task.split else task.generator(rng)
+        assert task.split is False or not held_out(case.content)
+        assert json.dumps([case.messages, case.tools or None]) not in asked
+
+
+def test_the_task_file_is_what_the_generators_make():
+    lines = gzip.decompress(evaluate.BUNDLED_TASKS.read_bytes()).decode().splitlines()
+    stored = [json.loads(line) for line in lines]
+    for entry in heldout.SUITE:
+        mine = [line for line in stored if line["task"] == entry.name]
+        assert len(mine) == entry.count
+        fresh = [{**case.record(), "task": entry.name} for case in heldout.cases(entry, 20)]
+        assert mine[:20] == fresh
+
+
+def test_only_what_the_model_says_is_predicted():
+    template = Template(TOKENIZER)
+    entry = next(e for e in heldout.SUITE if e.name == "answer from a tool")
+    for case in heldout.cases(entry, 20):
+        ids, marks = mixture.document(case, template)
+        said = TOKENIZER.decode([i for i, mark in zip(ids, marks, strict=True) if mark], special=True)
+        call = case.messages[1]["tool_calls"][0]["function"]["name"]
+        assert said.startswith(f"<|tool_call>call:{call}{{")
+        assert said.endswith(f"<tool_call|><|tool_response>{case.reply['content']}<turn|>")
+
+
+# Scoring -----------------------------------------------------------------------------------------------------------
+
+
+def test_intervals():
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert evaluate.wilson(450, 500) == pytest.approx((0.8706, 0.9233), abs=1e-4)
+
+
+def test_comparisons():
+    right = evaluate.COMPARE
+    assert right["text"](Reply(" 632\n"), "632")
+    assert not right["text"](Reply("The sum is 632"), "632")
+    assert right["contains"](Reply("The sum is 632."), "632")
+    assert not right["contains"](Reply("6321"), "632")
+    assert right["json"](Reply('{"b": 1, "a": [2]}'), {"a": [2], "b": 1})
+    assert not right["json"](Reply("{"), {})
+    call = ToolCall("f", {"x": 1})
+    assert right["calls"](Reply("", tool_calls=(call,)), [{"name": "f", "arguments": {"x": 1}}])
+    assert not right["calls"](Reply("", tool_calls=(call, call)), [{"name": "f", "arguments": {"x": 1}}])
+
+
+def test_guessing():
+    def exercises(expected, **more):
+        return [evaluate.Exercise("t", [], e, **more) for e in expected]
+
+    assert evaluate.guess(exercises("aab")) == pytest.approx(2 / 3)
+    assert evaluate.guess(exercises("abc")) == 0
+    assert evaluate.guess(exercises("ab", choices=4)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[]", "task, messages and expect"),
+        ('{"task": "a", "messages": [], "expect": 1, "color": 2}', "unknown field 'color'"),
+        ('{"task": "a", "messages": [], "expect": 1, "score": "near"}', "has score 'near'"),
+        ("", "no exercises"),
+    ],
+)
+def test_bad_task_files(tmp_path, line, says):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError, match=says):
+        evaluate.read_tasks(path)
+
+
+def test_the_command_prints_a_card(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    exercise = {
+        "task": "greeting",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "expect": "Hello",
+        "score": "contains",
+    }
+    path.write_text(json.dumps(exercise))
+    result = CliRunner().invoke(app, ["eval", "--suite", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["card"] == [
+        {"task": "greeting", "n": 1, "right": 1, "low": pytest.approx(0.2065, abs=1e-3), "high": 1.0, "chance": 0.0,
+         "withheld": None, "score": 1.0},
+    ]  # fmt: skip
+
+
+FLOORS = {"add 3 digits": 0.85, "known tools": 0.85, "outside": 0.9}
+"""What 60 exercises must score: three standard errors and more below the card."""
+
+
+def test_floors():
+    exercises = [e for e in evaluate.read_tasks(evaluate.BUNDLED_TASKS) if e.task in FLOORS]
+    llm = AsyncLLM()
+    try:
+        card = evaluate.evaluate(llm, evaluate.thin(exercises, 60), withhold=False)
+    finally:
+        llm.close()
+    assert {line.task: line.score for line in card if line.score < FLOORS[line.task]} == {}
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_sequences_attended_together_equal_one_by_one(window, heads):
+    from cabochon.model.batch import whole_sequences
+
+    batch = whole_sequences([torch.zeros(n, dtype=torch.long) for n in (50, 3, 70)])
+    q = torch.randn(123, 4, 32, dtype=torch.double, requires_grad=True)
+    rows = torch.randn(123, heads, 64, dtype=torch.double, requires_grad=True)
+
+    def attend(q, rows, batch):
+        return reference.attend(
+            q, rows, None, batch.rows, batch.start, batch.context, None, key_offset=0, value_offset=32, window=window
+        )
+
+    together = attend(q, rows, batch)
+    bounds = batch.start.tolist()
+    alone = [
+        attend(q[a:b], rows[a:b], whole_sequences([torch.zeros(b - a, dtype=torch.long)]))
+        for a, b in itertools.pairwise(bounds)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    push = torch.randn_like(together)
+    for got, wanted in zip(
+        torch.autograd.grad(together, (q, rows), push),
+        torch.autograd.grad(torch.cat(alone), (q, rows), push),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_rows_without_a_prediction_skip_the_layers_that_share():
+    import train
+
+    documents = [mixture.document(case, Template(TOKENIZER)) for case in heldout.cases(heldout.SUITE[0], 5)]
+    model = train.new_model(0, "cpu").double()
+
+    def gradients(step):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(step.batch), step.targets).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    skipping, whole = train.pack(documents), train.pack(documents)
+    whole.batch.wanted, whole.batch.tail = whole.batch.tail.index, whole.batch.rows
+    for got, wanted in zip(gradients(skipping), gradients(whole), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_short_training_learns_and_goes_on(tmp_path, monkeypatch):
+    import argparse
+
+    import train
+
+    monkeypatch.setattr(mixture, "PROSE", 0.0)  # the books come from npm
+    monkeypatch.setattr(train, "POOL", 32)
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 512)
+    options = argparse.Namespace(
+        seed=1, device="cpu", resume=False, out=tmp_path, passes=1, minutes=9.0, tokens=1e6, tests=1, test_every=99
+    )
+    first = train.Run(options, 0, lambda flat: None)
+    losses = [first.step(0.1)[0] for _ in range(8)]
+    assert losses[-1] < losses[0] - 1
+    first.save()
+    options.resume = True
+    second = train.Run(options, 0, lambda flat: None)
+    assert second.done == first.done > 0
+    assert second.step(0.1)[0] < losses[0] - 1
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
