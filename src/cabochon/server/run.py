@@ -63,6 +63,7 @@ def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | 
         log_config=None,
         access_log=False,
         server_header=False,
+        lifespan="off",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(options.drain)),
     )
