@@ -20,7 +20,7 @@ from cabochon.config import read_config
 from cabochon.errors import CabochonError, InputError
 from cabochon.kv.layout import kv_groups, plan_pages
 from cabochon.kv.pool import PageStore
-from cabochon.sizing import Workload, hardware, plan, ranking, units
+from cabochon.sizing import Workload, hardware, plan, ranking, start, units
 from cabochon.sizing.memory import PAGE, measure, value_bytes
 from cabochon.sizing.report import tables
 from cabochon.sizing.speed import active_parameters, expected_tokens, speed
@@ -182,6 +182,52 @@ def test_the_summary_has_five_lines_and_json_is_complete():
 def test_workloads_that_no_device_can_have(model, work, message):
     with pytest.raises(InputError, match=message):
         plan(model, GPU, work)
+
+
+# What to start with -------------------------------------------------------------------------------------------------
+
+
+def test_a_start_takes_the_finest_format_that_leaves_room():
+    card = hardware.find("4090")
+    picked = {size: start(config_of(size), card, name=size) for size in ("E2B", "12B", "31B")}
+    assert {size: each.quantization for size, each in picked.items()} == {"E2B": None, "12B": "int8", "31B": "int4"}
+    assert picked["E2B"].context == 131_072 and picked["E2B"].users == 64
+    assert 8192 < picked["31B"].context < 262_144
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "31B"])
+@pytest.mark.parametrize("gib", [12, 20, 24, 40])
+def test_what_a_start_promises_the_page_pool_can_hold(size, gib):
+    config = config_of(size)
+    try:
+        made = start(config, CPU, name=size, available=gib << 30)
+    except InputError:
+        assert gib < {"E2B": 5, "12B": 9, "31B": 22}[size]
+        return
+    work = replace(made.plan.work, context=made.context)
+    pages = plan_pages(
+        *(kv_groups(config.text.layers), value_bytes(work)),
+        page_size=PAGE,
+        max_tokens=made.context,
+        requests=made.users,
+        snapshots=made.users,
+        budget=made.cache_bytes,
+    )
+    assert pages.bytes() <= made.cache_bytes
+    assert len(made.summary().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "wishes", "message"),
+    [
+        ("31B", {}, "31B can't be loaded here: does not fit.*; what would help: a smaller model: 12B"),
+        ("12B", {"quantization": "int8"}, "what would help: --quantization int4"),
+        ("E4B", {"context": 100_000, "quantization": "int8", "users": 900}, "what would help"),
+    ],
+)
+def test_what_cannot_start_says_what_to_change(size, wishes, message):
+    with pytest.raises(InputError, match=message):
+        start(config_of(size), CPU, name=size, available=12 << 30 if size != "E4B" else 9 << 30, **wishes)
 
 
 # Speed --------------------------------------------------------------------------------------------------------------

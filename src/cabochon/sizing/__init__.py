@@ -9,5 +9,18 @@ from .hardware import Hardware
 from .memory import Memory, Workload
 from .plan import MemoryPlan, plan, ranking
 from .speed import Speed
+from .start import Start, start
 
-__all__ = ["Hardware", "Memory", "MemoryPlan", "Speed", "Workload", "hardware", "plan", "ranking", "units"]
+__all__ = [
+    "Hardware",
+    "Memory",
+    "MemoryPlan",
+    "Speed",
+    "Start",
+    "Workload",
+    "hardware",
+    "plan",
+    "ranking",
+    "start",
+    "units",
+]

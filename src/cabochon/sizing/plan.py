@@ -99,7 +99,7 @@ def plan(
     """
     work = work or Workload()
     config, drafter, draft_tokens = resolve(model)
-    sized = _Sizer(config, drafter, draft_tokens, hardware, int((available or hardware.memory) * (1 - MARGIN)))
+    sized = Sizer(config, drafter, draft_tokens, hardware, int((available or hardware.memory) * (1 - MARGIN)))
     took = sized.memory(work)
     return MemoryPlan(
         model=name or (model if isinstance(model, str) else "model"),
@@ -142,7 +142,7 @@ def ranking(hardware: Hardware, work: Workload, *, available: int | None = None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizer:
+class Sizer:
     """One model on one device, asked about several workloads."""
 
     config: ModelConfig
