@@ -6,6 +6,7 @@ import torch
 
 from cabochon.errors import InputError
 from cabochon.formats import FORMATS
+from cabochon.ops import reference
 from cabochon.quant import QuantTensor, dequantize, pack, quantize, round_activations, unpack
 
 SHAPES = [(16, 32), (1, 1), (17, 33), (40, 96), (3, 20, 70)]
@@ -91,3 +92,13 @@ def test_value_is_frozen():
     with pytest.raises(AttributeError):
         weight.format = "int8"  # type: ignore[misc]
     assert isinstance(weight, QuantTensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+def test_looked_up_rows_have_the_type_of_the_table(layout, dtype):
+    table = quantize(torch.randn(40, 64).to(dtype), "int4")
+    source = pack(table) if layout == "panels" else table
+    rows = reference.embed(torch.tensor([39, 1]), source, 8.0)
+    assert rows.dtype == dtype
+    assert torch.equal(rows, dequantize(table, dtype)[[39, 1]] * 8)

@@ -15,7 +15,7 @@ P is O / 16 rounded up. Both layouts hold the same codes, so packing is a permut
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,22 +42,25 @@ class QuantTensor:
     format: str
     shape: tuple[int, ...]
     layout: Layout = "rows"
+    dtype: torch.dtype = torch.bfloat16
+    """Type of the tensor that it stands for: what looked-up rows come in."""
 
     def rows(self, index: Tensor) -> QuantTensor:
         """The rows `index` [T] of a two-dimensional weight, in the layout of rows."""
         shape = (index.shape[0], self.shape[1])
         if self.layout == "rows":
-            return QuantTensor(self.codes[index], self.scales[index], self.format, shape)
+            return replace(self, codes=self.codes[index], scales=self.scales[index], shape=shape)
         panel, lane = index // PANEL, index % PANEL
         if self.format == "int8":
-            codes = self.codes[panel, :, lane].flatten(-2)[:, : shape[1]]
-            return QuantTensor((codes ^ 128).view(torch.int8), self.scales[panel, lane], self.format, shape)
-        codes = self.codes[panel, :, :, lane].flatten(-2)
-        return QuantTensor(codes, self.scales[panel, :, lane], self.format, shape)
+            codes = (self.codes[panel, :, lane].flatten(-2)[:, : shape[1]] ^ 128).view(torch.int8)
+            scales = self.scales[panel, lane]
+        else:
+            codes, scales = self.codes[panel, :, :, lane].flatten(-2), self.scales[panel, :, lane]
+        return replace(self, codes=codes, scales=scales, shape=shape, layout="rows")
 
     def __getitem__(self, expert: int) -> QuantTensor:
         """One expert's matrix of a three-dimensional weight."""
-        return QuantTensor(self.codes[expert], self.scales[expert], self.format, self.shape[1:], self.layout)
+        return replace(self, codes=self.codes[expert], scales=self.scales[expert], shape=self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -74,14 +77,15 @@ def quantize(weight: Tensor, format: str) -> QuantTensor:
         wide = weight.float()
         scales = wide.abs().amax(-1) / 127
         codes = (wide * _inverse(scales)[..., None]).round_().clamp_(-127, 127).to(torch.int8)
-        return QuantTensor(codes, scales, format, tuple(weight.shape))
+        return QuantTensor(codes, scales, format, tuple(weight.shape), dtype=weight.dtype)
     if format != "int4":
         raise InputError(f"can't quantise weights to {format!r}; the quantised formats are {', '.join(QUANTIZED)}")
     groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [.., O, G, 32]
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     scales = (largest / -8).half()  # the largest number of a group, whatever its sign, becomes -8
     levels = (groups * _inverse(scales.float())[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8)
-    return QuantTensor(levels[..., :16] | levels[..., 16:] << 4, scales, format, tuple(weight.shape))
+    codes = levels[..., :16] | levels[..., 16:] << 4
+    return QuantTensor(codes, scales, format, tuple(weight.shape), dtype=weight.dtype)
 
 
 def _inverse(scales: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def pack(weight: QuantTensor) -> QuantTensor:
         codes = codes.unflatten(-1, (4, 4)).unflatten(-4, (-1, PANEL))  # [.., P, 16, G, 4, 4]
         codes = codes.movedim(lead + 1, lead + 3).contiguous()
         scales = F.pad(weight.scales, (0, 0, 0, missing)).unflatten(-2, (-1, PANEL)).transpose(-1, -2).contiguous()
-    return QuantTensor(codes, scales.contiguous(), weight.format, weight.shape, "panels")
+    return replace(weight, codes=codes, scales=scales.contiguous(), layout="panels")
 
 
 def unpack(weight: QuantTensor) -> QuantTensor:
@@ -132,7 +136,7 @@ def unpack(weight: QuantTensor) -> QuantTensor:
         lead = weight.codes.dim() - 5
         codes = weight.codes.movedim(lead + 3, lead + 1).flatten(-2).flatten(lead, lead + 1)[..., :rows, :, :]
         scales = weight.scales.transpose(-1, -2).flatten(-3, -2)[..., :rows, :]
-    return QuantTensor(codes.contiguous(), scales.contiguous(), weight.format, weight.shape)
+    return replace(weight, codes=codes.contiguous(), scales=scales.contiguous(), layout="rows")
 
 
 def round_activations(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to their type as transformers does -> [T, D]."""
-    rows = dequantize(table.rows(ids)) if isinstance(table, QuantTensor) else F.embedding(ids, table)
+    rows = dequantize(table.rows(ids), table.dtype) if isinstance(table, QuantTensor) else F.embedding(ids, table)
     return rows * rounded(scale, rows.dtype)
 
 
@@ -230,8 +230,8 @@ def _attend_one(
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in which every token sees every token, unscaled: `q`, `k`, `v` [B, I, N, H] -> [B, I, N, H]."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, scale=1.0).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
 
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:

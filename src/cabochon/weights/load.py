@@ -11,6 +11,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_json
 from ..errors import CheckpointError, InputError
-from ..quant import QuantTensor, pack, quantize
+from ..quant import QuantTensor, dequantize, pack, quantize
 from . import safetensors
 from .params import Param, Shape, parameters
 
-Convert = Callable[[Param, Tensor], Tensor | QuantTensor]
-"""What becomes of a tensor (already of the wanted type) before it is put in place."""
+Convert = Callable[[Param, Tensor | QuantTensor], Tensor | QuantTensor]
+"""What becomes of a weight (a plain tensor is already of the wanted type) before it is put in place."""
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
 
@@ -60,7 +61,8 @@ def fill(
     """Give `module` (built on meta) its weights, of type `dtype` on `device`, ready for inference (no gradients).
 
     Parts that the module was built without are passed over. `keep_on_cpu` names parts (`params.Part`) that stay in host
-    memory, such as the per-layer embeddings. Raises `CheckpointError` naming every tensor that doesn't fit.
+    memory where a GPU can read it, such as the per-layer embeddings. Raises `CheckpointError` naming every tensor that
+    doesn't fit.
     """
     wanted = set(module.state_dict())
     plan = _match(source, parameters(config, unused=True), wanted)
@@ -68,27 +70,33 @@ def fill(
     done = 0
     for param, name in plan:
         tensor = source.read(name)
-        if isinstance(tensor, Tensor) and not param.integer:
+        if isinstance(tensor, QuantTensor):
+            tensor = replace(tensor, dtype=dtype)
+        elif not param.integer:
             tensor = tensor.to(dtype)
-        if convert is not None and isinstance(tensor, Tensor):
+        if convert is not None:
             tensor = convert(param, tensor)
-        place(module, param.name, _to(tensor, "cpu" if param.part in keep_on_cpu else device))
+        kept = param.part in keep_on_cpu
+        place(module, param.name, _host(tensor, device) if kept else _to(tensor, device))
         done += source.nbytes(name)
         if progress is not None:
             progress(done, total)
 
 
-def quantizer(format: str, *, panels: bool) -> Convert:
-    """Matrices become `format` as they come in; with `panels` in the layout of the CPU kernels.
+def quantizer(format: str | None, *, panels: bool) -> Convert:
+    """Matrices become `format` as they come in (None: they keep theirs); with `panels` in the CPU kernels' layout.
 
     Per-layer embeddings are looked up by row and never multiplied, so they stay in rows.
     """
 
-    def convert(param: Param, tensor: Tensor) -> Tensor | QuantTensor:
-        if not param.quantize:
-            return tensor
-        weight = quantize_in_blocks(tensor, format)
-        return pack(weight) if panels and param.part != "per_layer_embedding" else weight
+    def convert(param: Param, tensor: Tensor | QuantTensor) -> Tensor | QuantTensor:
+        if isinstance(tensor, QuantTensor) and format not in (None, tensor.format):
+            tensor = dequantize(tensor)
+        if isinstance(tensor, Tensor):
+            if format is None or not param.quantize:
+                return tensor
+            tensor = quantize_in_blocks(tensor, format)
+        return pack(tensor) if panels and param.part != "per_layer_embedding" else tensor
 
     return convert
 
@@ -104,7 +112,7 @@ def quantize_in_blocks(tensor: Tensor, format: str) -> QuantTensor:
         rows = slice(top, top + step)
         block = quantize(tensor[rows], format)
         codes[rows], scales[rows] = block.codes, block.scales
-    return QuantTensor(codes, scales, format, tuple(tensor.shape))
+    return QuantTensor(codes, scales, format, tuple(tensor.shape), dtype=tensor.dtype)
 
 
 def place(module: nn.Module, name: str, value: Tensor | QuantTensor) -> None:
@@ -194,7 +202,7 @@ def _ranges(numbers: list[int]) -> str:
 def _to(value: Tensor | QuantTensor, device: torch.device | str) -> Tensor | QuantTensor:
     if isinstance(value, Tensor):
         return value.to(device)
-    return QuantTensor(value.codes.to(device), value.scales.to(device), value.format, value.shape, value.layout)
+    return replace(value, codes=value.codes.to(device), scales=value.scales.to(device))
 
 
 def _is_quantized(module: nn.Module, name: str) -> bool:
@@ -203,3 +211,12 @@ def _is_quantized(module: nn.Module, name: str) -> bool:
         return isinstance(getattr(module.get_submodule(path), leaf, None), QuantTensor)
     except AttributeError:
         return False
+
+
+def _host(value: Tensor | QuantTensor, device: torch.device | str) -> Tensor | QuantTensor:
+    """In host memory: pinned where kernels on `device` read rows from there."""
+    if torch.device(device).type != "cuda":
+        return _to(value, "cpu")
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    return replace(value, codes=value.codes.pin_memory(), scales=value.scales.pin_memory())
