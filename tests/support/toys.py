@@ -64,7 +64,7 @@ _VISION = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "position_embedding_size": 64,
+    "position_embedding_size": 256,
 }
 _AUDIO = {
     "hidden_size": 32,
