@@ -1,5 +1,7 @@
 """The Triton matrices and experts against the reference: plain and quantised weights, few rows and many."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def weight(shape: tuple[int, ...], format: str, dtype: torch.dtype = torch.float
 
 def to_device(value):
     if isinstance(value, QuantTensor):
-        return QuantTensor(value.codes.to(DEVICE), value.scales.to(DEVICE), value.format, value.shape)
+        return replace(value, codes=value.codes.to(DEVICE), scales=value.scales.to(DEVICE))
     return value.to(DEVICE)
 
 

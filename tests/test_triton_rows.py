@@ -1,10 +1,13 @@
 """The Triton ops that touch each row once, against the reference on fresh random input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cabochon.ops import reference
 from cabochon.ops.views import ScaledPages
+from cabochon.quant import quantize
 from support.triton_twins import DEVICE, TOLERANCE, distance, twin
 
 triton_rows = twin("triton_rows")
@@ -37,6 +40,22 @@ def test_embedding_rounds_its_scale_like_the_reference(dtype):
     wanted = reference.embed(ids, table, 1536**0.5)
     # The interpreter cuts float32 to bfloat16 instead of rounding it; a scale that is not rounded would be 0.2 % off.
     assert distance(got.cpu(), wanted) < (1e-2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1e-9)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("width", [64, 1100])
+def test_embedding_from_a_quantised_table(width, format):
+    table, ids = quantize(torch.randn(11, width), format), torch.tensor([3, 0, 10, 3])
+    there = replace(table, codes=table.codes.to(DEVICE), scales=table.scales.to(DEVICE))
+    got = triton_rows.embed(ids.to(DEVICE), there, 39.25)
+    assert distance(got.cpu(), reference.embed(ids, table, 39.25)) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU that reads host memory needs a GPU")
+def test_embedding_from_pinned_host_memory():
+    table, ids = torch.randn(11, 300).pin_memory(), torch.tensor([3, 0, 10, 3])
+    got = triton_rows.embed(ids.to(DEVICE), table, 2.0)
+    assert torch.equal(got.cpu(), reference.embed(ids, table, 2.0))
 
 
 def test_store_skips_what_is_not_kept():

@@ -82,10 +82,11 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
 
 
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
-    """As `reference.embed`; a plain table may lie in pinned host memory."""
-    if isinstance(table, QuantTensor) or table.dtype not in _DTYPES:
+    """As `reference.embed`; the table may lie in pinned host memory."""
+    numbers = table.codes if isinstance(table, QuantTensor) else table
+    if numbers.dtype == torch.float64:
         return reference.embed(ids, table, scale)
-    if table.device != ids.device and not table.is_pinned():
+    if numbers.device != ids.device and not numbers.is_pinned():
         raise InputError("the embedding table lies in host memory that the GPU can't read; pin it or move it there")
     y: Tensor = kernels()[3].embed(ids, table, scale)
     return y

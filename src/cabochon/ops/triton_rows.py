@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import rounded
+from .reference import Weight, rounded
+from .triton_matmul import parts
 from .views import Pages, ScaledPages
 
 ROUND = tl.constexpr(12582912.0)
@@ -56,12 +57,21 @@ def _rope(
 
 
 @triton.jit
-def _embed(ids_ptr, table_ptr, y_ptr, scale, WIDTH: tl.constexpr, B: tl.constexpr):
+def _embed(ids_ptr, table_ptr, scales_ptr, y_ptr, factor, WIDTH: tl.constexpr, FORMAT: tl.constexpr, B: tl.constexpr):
+    """FORMAT as in `triton_matmul`: 0 plain, 1 int8 with a scale per row, 2 int4 with one per 32 numbers."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
-    row = tl.load(ids_ptr + t) * WIDTH
-    x = tl.load(table_ptr + row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t * WIDTH + i, (x * scale).to(y_ptr.dtype.element_ty), mask=i < WIDTH)
+    row, inside = tl.load(ids_ptr + t), i < WIDTH
+    if FORMAT == 2:
+        groups: tl.constexpr = (WIDTH + 31) // 32
+        byte = tl.load(table_ptr + row * (groups * 16) + i // 32 * 16 + i % 16, mask=inside, other=136)
+        level = tl.where(i % 32 < 16, byte & 15, byte >> 4).to(tl.float32) - 8.0
+        x = level * tl.load(scales_ptr + row * groups + i // 32, mask=inside, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(table_ptr + row * WIDTH + i, mask=inside, other=0).to(tl.float32)
+        if FORMAT == 1:
+            x *= tl.load(scales_ptr + row)
+    tl.store(y_ptr + t * WIDTH + i, (x * factor).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -138,14 +148,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
-    """`reference.embed` of a plain table, which may lie in pinned host memory: the GPU reads the rows from there."""
+def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+    """`reference.embed`; the table may lie in pinned host memory: the GPU reads the rows of the step from there."""
     width = table.shape[1]
+    codes, scales, format = parts(table)
     y = torch.empty(ids.shape[0], width, dtype=table.dtype, device=ids.device)
     block = min(triton.next_power_of_2(width), 1024)
     if y.numel():
         _embed[(ids.shape[0], triton.cdiv(width, block))](
-            ids, table, y, rounded(scale, table.dtype), WIDTH=width, B=block, num_warps=_warps(block)
+            ids,
+            codes,
+            scales,
+            y,
+            rounded(scale, table.dtype),
+            WIDTH=width,
+            FORMAT=format,
+            B=block,
+            num_warps=_warps(block),
         )
     return y
 
