@@ -7,9 +7,9 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..chat.messages import Media, Part, Text, Tool, read_tools
 from ..errors import InputError, MediaError
@@ -123,6 +123,24 @@ def read_part(path: Path) -> Part:
                 raise MediaError(f"There is no file {path}.")
             return Media(kind, str(path))
     return Text(f"{path.name}:\n{_utf8(_bytes(path), str(path))}\n\n")
+
+
+def media(kind: Literal["image", "video", "audio"], sources: Sequence[str] | None) -> list[Media]:
+    """Parts from paths and URLs; a path must exist."""
+    for source in sources or ():
+        if ":" not in source and not Path(source).expanduser().is_file():
+            raise MediaError(f"There is no file {source}.")
+    return [Media(kind, source) for source in sources or ()]
+
+
+def picture(content: Sequence[Part]) -> Media:
+    """The one image of a message, for drawing into."""
+    images = [part for part in content if isinstance(part, Media) and part.kind == "image"]
+    if len(images) != 1:
+        raise InputError(
+            f"--draw needs exactly one image to draw into, but there are {len(images)}; add it with --image."
+        )
+    return images[0]
 
 
 def _bytes(path: Path) -> bytes:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..chat.messages import Message, Part, Reply, Text, Tool, read_messages, read_tools
 from ..errors import InputError
@@ -16,6 +17,7 @@ HELP = """\
 /system [TEXT]    set the system prompt; without a text, remove it
 /tools [FILE]     offer the tools declared in a JSON file; without a file, none
 /file PATH        add an image, sound, video or text file to the next message
+/image PATH|URL   add an image; /audio and /video likewise
 /retry            forget the last reply and ask again
 /new              forget the conversation
 /save FILE        write the conversation to a JSON file
@@ -73,6 +75,9 @@ class Session:
             "system": self._system,
             "tools": self._tools,
             "file": self._file,
+            "image": lambda rest: self._media("image", rest),
+            "audio": lambda rest: self._media("audio", rest),
+            "video": lambda rest: self._media("video", rest),
             "new": self._new,
             "save": self._save,
             "load": self._load,
@@ -104,6 +109,12 @@ class Session:
         if not rest:
             raise InputError("/file needs a path.")
         self.attached.append(inputs.read_part(Path(rest).expanduser()))
+        return f"{rest} goes with the next message."
+
+    def _media(self, kind: Literal["image", "video", "audio"], rest: str) -> str:
+        if not rest:
+            raise InputError(f"/{kind} needs a path or a URL.")
+        self.attached += inputs.media(kind, [rest])
         return f"{rest} goes with the next message."
 
     def _new(self, rest: str) -> str:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..chat.messages import Message, Text, ToolCall
+from ..chat.messages import Message, Reply, Text, ToolCall
 from ..errors import CabochonError, InputError
 from . import inputs
+from .draw import draw_answer
 from .screen import Screen, reply_as_json, spell_call
 from .session import Session
-
-if TYPE_CHECKING:
-    from ..engine.request import SamplingParams
-    from ..llm import LLM
+from .speaker import Speaker, open_speaker, sampling
 
 BANNER = (
     "pebble, a small demonstration model made for this package, without Google's weights: "
@@ -28,11 +26,13 @@ System = Annotated[str | None, typer.Option("--system", "-s", help="The system p
 Tools = Annotated[Path | None, typer.Option(help="A JSON file with tool declarations.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Context in tokens; less needs less memory.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset: what the checkpoint says.")]
 TopP = Annotated[float | None, typer.Option()]
 TopK = Annotated[int | None, typer.Option()]
 MaxTokens = Annotated[int | None, typer.Option(help="End a reply after so many tokens.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="Render conversations through this Jinja file.")]
 Seed = Annotated[int | None, typer.Option(help="Draw the same reply again.")]
 
 
@@ -43,7 +43,9 @@ def chat(
     think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
+    chat_template: ChatTemplate = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -53,8 +55,8 @@ def chat(
     """Talk to a model. Lines may be piped in as well, one message each."""
     screen = Screen()
     session = Session(think, system, inputs.read_tools_file(tools) if tools else ())
-    llm = _load(screen, model, device, dtype, max_model_len)
-    params = _params(temperature, top_p, top_k, max_tokens, seed)
+    speaker = open_speaker(screen, model, device, dtype, quantization, max_model_len, chat_template)
+    speaker.params = sampling(temperature, top_p, top_k, max_tokens, seed)
     if model is None:
         screen.say(BANNER)
     if not inputs.piped():
@@ -69,21 +71,30 @@ def chat(
         if line is None:
             break
         if line.strip():
-            _turn(llm, session, screen, lines, params, line)
+            _turn(speaker, session, screen, lines, line)
 
 
 def run(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL] PROMPT", help="A single word group is the prompt.")
+        list[str] | None, typer.Argument(metavar="[MODEL] PROMPT", help="A single argument is the prompt.")
     ] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="Add a file; may be repeated.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Show an image, a path or a URL; may be repeated.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Play a sound, a path or a URL; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Show a video, a path or a URL; may be repeated.")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the boxes of the answer into the image; save it here.")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option(help="The answer must be JSON that fits this JSON schema.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as one JSON object.")] = False,
     system: System = None,
     tools: Tools = None,
     think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
+    chat_template: ChatTemplate = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -97,27 +108,35 @@ def run(
     prompt = words[-1] if words else ""
     if inputs.piped():
         prompt = "\n\n".join(filter(str.strip, [prompt, inputs.read_stdin()]))
-    content = tuple(inputs.parts(prompt, file or []))
+    shown = [*inputs.media("image", image), *inputs.media("audio", audio), *inputs.media("video", video)]
+    content = (*shown, *inputs.parts(prompt, file or []))
+    if draw is not None:
+        inputs.picture(content)  # said before the model runs
     if not content:
         raise InputError("There is no prompt; give one as an argument or pipe it in.")
     opening = [Message("system", (Text(system),))] if system else []
     offered = inputs.read_tools_file(tools) if tools else ()
+    wanted = inputs.read_json(schema) if schema else None
     screen = Screen(quiet=True)
-    llm = _load(screen, words[0] if len(words) == 2 else None, device, dtype, max_model_len)
-    params = _params(temperature, top_p, top_k, max_tokens, seed)
-    events = llm.stream([*opening, Message("user", content)], tools=offered, thinking=think, params=params)
+    speaker = open_speaker(
+        screen, words[0] if len(words) == 2 else None, device, dtype, quantization, max_model_len, chat_template
+    )
+    speaker.params = sampling(temperature, top_p, top_k, max_tokens, seed)
+    events = speaker.events([*opening, Message("user", content)], offered, think, wanted)
     if as_json:
-        from ..chat.messages import Reply
+        reply = Reply.of(events)
+        print(json.dumps(reply_as_json(reply), ensure_ascii=False))
+    else:
+        reply = screen.show(events)
+        if reply.tool_calls and not reply.text:
+            print("\n".join(map(spell_call, reply.tool_calls)))
+    if draw is not None:
+        count = draw_answer(inputs.picture(content).source, reply.text, draw)
+        screen.say(f"{count} boxes are drawn into {draw}.")
 
-        print(json.dumps(reply_as_json(Reply.of(events)), ensure_ascii=False))
-        return
-    reply = screen.show(events)
-    if reply.tool_calls and not reply.text:
-        print("\n".join(map(spell_call, reply.tool_calls)))
 
-
-def _turn(llm: LLM, session: Session, screen: Screen, lines: inputs.Lines, params: SamplingParams, line: str) -> None:
-    """One line of the user's, and what follows from it. What goes wrong is said; the chat goes on."""
+def _turn(speaker: Speaker, session: Session, screen: Screen, lines: inputs.Lines, line: str) -> None:
+    """One line of the user's, and what follows from it. What goes wrong at a terminal is said, and the chat goes on."""
     before = list(session.messages)
     try:
         if line.startswith("/"):
@@ -128,19 +147,18 @@ def _turn(llm: LLM, session: Session, screen: Screen, lines: inputs.Lines, param
                 return
         else:
             session.ask(line)
-        _reply(llm, session, screen, lines, params)
+        _reply(speaker, session, screen, lines)
     except CabochonError as error:
         session.messages = before
-        screen.complain(str(error))
         if inputs.piped():
             raise
+        screen.complain(str(error))
 
 
-def _reply(llm: LLM, session: Session, screen: Screen, lines: inputs.Lines, params: SamplingParams) -> None:
+def _reply(speaker: Speaker, session: Session, screen: Screen, lines: inputs.Lines) -> None:
     """The model's reply, and again after its tool calls were answered, until it calls no more."""
     while True:
-        stream = llm.stream(session.conversation(), tools=session.tools, thinking=session.thinking, params=params)
-        reply = screen.show(stream)
+        reply = screen.show(speaker.events(session.conversation(), session.tools, session.thinking))
         session.take(reply)
         if reply.finish_reason != "tool_calls" or not _answer_calls(session, lines, reply.tool_calls):
             return
@@ -154,19 +172,3 @@ def _answer_calls(session: Session, lines: inputs.Lines, calls: tuple[ToolCall, 
             return False
         session.answer(call.id, result)
     return True
-
-
-def _load(screen: Screen, model: str | None, device: str, dtype: str, max_model_len: int | None) -> LLM:
-    with screen.err.status(f"Loading {model or 'pebble'} ..."):
-        from ..llm import LLM
-
-        return LLM(model, device=device, dtype=dtype, max_model_len=max_model_len)
-
-
-def _params(
-    temperature: float | None, top_p: float | None, top_k: int | None, max_tokens: int | None, seed: int | None
-) -> SamplingParams:
-    from ..engine.request import SamplingParams
-
-    wanted: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    return SamplingParams(**wanted, max_tokens=max_tokens, seed=seed)
