@@ -4,7 +4,8 @@ Order, as the reference has it: penalties, bias and constraint, temperature, top
 on its logits, its parameters, its seed and the place in its reply, and on nothing else: one uniform number per token
 comes from a hash of seed and place, and picks from the cumulated probabilities in descending order.
 
-The best k of a long row are found without sorting it: they lie in the k blocks with the largest maxima.
+The best k of a long row are found without sorting it: they lie in the k blocks with the largest maxima, and those are
+found the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from .track import Track
 
 NARROW = 1024
 """Rows that need more candidates than this are sorted whole, which is slow."""
-BLOCK = 64
 
 
 @dataclass(slots=True)
@@ -88,15 +88,17 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` largest of each row [L, V], descending, and their ids: one pass over the logits and small change."""
     rows, vocab = logits.shape
     k = min(k, vocab)
-    blocks = vocab // BLOCK
-    if vocab % BLOCK or blocks < 4 * k:
+    bits = min(6, int(math.log2(max(1, vocab / (4 * k)))))
+    size = 1 << bits
+    if bits < 2 or vocab % size:
         values, ids = logits.topk(k, -1)
         return values, ids
-    split = logits.view(rows, blocks, BLOCK)
-    block = split.amax(-1).topk(k, -1, sorted=False).indices  # [L, k]
-    inside = split.gather(1, block[..., None].expand(-1, -1, BLOCK)).view(rows, k * BLOCK)
-    values, at = inside.topk(k, -1)
-    return values, block.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+    blocks = logits.contiguous().view(-1, size)
+    _, best = largest(blocks.amax(-1).view(rows, -1), k)  # [L, k]
+    first = torch.arange(0, len(blocks), vocab >> bits, device=logits.device)
+    inside = blocks.index_select(0, (best + first[:, None]).view(-1)).view(rows, -1)  # [L, k * size]
+    values, at = largest(inside, k)
+    return values, (best.gather(1, at >> bits) << bits) + (at & (size - 1))
 
 
 # Penalties, bias, constraint ------------------------------------------------------------------------------------------
