@@ -50,6 +50,7 @@ RECIPES = {
     "own names and keys": "google/gemma-4-31B-it --served-model-name gemma4 best --api-key one --trust-remote-code "
     "--dtype bfloat16",
     "experts": "google/gemma-4-26B-A4B-it --enable-expert-parallel --quantization compressed-tensors",
+    "quantised while loading": "google/gemma-4-E4B-it --quantization int4",
 }
 """What the recipes print. All of these start."""
 

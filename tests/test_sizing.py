@@ -221,8 +221,8 @@ def test_what_a_start_promises_the_page_pool_can_hold(size, gib):
     ("size", "wishes", "message"),
     [
         ("31B", {}, "31B can't be loaded here: does not fit.*; what would help: a smaller model: 12B"),
-        ("12B", {"quantization": "int8"}, "what would help: --quantization int4"),
-        ("E4B", {"context": 100_000, "quantization": "int8", "users": 900}, "what would help"),
+        ("12B", {"formats": ("int8",)}, "what would help: --quantization int4"),
+        ("E4B", {"context": 100_000, "formats": ("int8",), "users": 900}, "what would help"),
     ],
 )
 def test_what_cannot_start_says_what_to_change(size, wishes, message):

@@ -8,6 +8,7 @@ from typing import Any
 from .. import hub
 from ..config import ModelConfig
 from ..errors import InputError
+from ..formats import QUANTIZED
 from ..sizing import Hardware, Start, hardware, start
 
 
@@ -27,12 +28,15 @@ def prepare(
     """
     config, name = _config(model)
     wishes = engine or {}
+    stored = config.quantization or {}
+    if quantization == "auto" and stored.get("quant_method") == "cabochon":
+        quantization = stored["format"]  # matrices stay in the format that our own folders hold
     return start(
         config,
         _device(device),
         name=name,
         dtype=None if dtype == "auto" else dtype,
-        quantization=None if quantization == "auto" else quantization,
+        formats={"auto": (None, *QUANTIZED), "none": (None,)}.get(quantization, (quantization,)),
         context=max_model_len,
         users=wishes.get("max_num_seqs"),
         kv_cache_dtype=wishes.get("kv_cache_dtype", "auto"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import typer
 
+from .prepare import prepare
 from .serve_flags import ServeSettings, read_settings
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -33,17 +34,26 @@ def run(settings: ServeSettings) -> None:
     from ..server.options import ServerOptions
     from ..server.run import serve as serve_forever
 
-    loaded = load(settings.model, settings.device, settings.dtype)
+    begin = prepare(
+        settings.model,
+        settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        engine=settings.engine,
+    )
+    print(begin.summary(), file=sys.stderr, flush=True)
+    loaded = load(settings.model, settings.device, settings.dtype, quantization=begin.quantization)
     if settings.chat_template is not None and loaded.tokenizer is not None:
         template = template_for(None, loaded.tokenizer, "small", settings.chat_template)
         loaded = replace(loaded, template=template)
     llm = AsyncLLM.of(
         loaded,
-        max_model_len=settings.max_model_len,
+        max_model_len=begin.context,
         policy=Policy(**settings.media),
         loop_guard=settings.loop_guard,
         media_options=settings.media_options,
-        **settings.engine,
+        **{"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes, **settings.engine},
     )
     names = settings.names or tuple(dict.fromkeys(name for name in (settings.model, loaded.name) if name))
     options = ServerOptions(names=names, **settings.server)

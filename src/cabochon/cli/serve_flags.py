@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED
+from ..formats import QUANTIZED
+from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED, STORED_QUANTIZATION
 
 BUILT_IN_TEMPLATES = frozenset({"tool_chat_template_gemma4.jinja", "gemma4.jinja", "chat_template_gemma4.jinja"})
 """File names of vLLM's examples; they stand for the built-in template, which is the published one."""
@@ -30,6 +31,8 @@ class ServeSettings:
     model: str | None
     device: str
     dtype: str
+    quantization: str
+    """int8 or int4; none: as stored; auto: what fits."""
     max_model_len: int | None
     engine: dict[str, Any]
     """Options of the engine."""
@@ -97,6 +100,7 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         model=read.model if read.model is not None else read.model_flag,
         device=read.device,
         dtype={"half": "float16", "float": "float32"}.get(read.dtype, read.dtype),
+        quantization=_quantization(read.quantization, notices),
         max_model_len=_length(read.max_model_len),
         engine=_given(engine),
         server=_given(server),
@@ -134,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
+    add("--quantization", default="auto", metavar="FORMAT", help="int8 or int4; none; auto: coarser only if it must be")
     add("--max-model-len", metavar="TOKENS", help="context; 32k and the like are understood")
     add("--max-num-seqs", type=int, metavar="N", help="most replies that run at once")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens per step")
@@ -191,6 +196,18 @@ class _Refused(argparse.Action):
         raise InputError(f"{option_string}: {REFUSED[option_string or '']}.")
 
 
+def _quantization(value: str, notices: list[str]) -> str:
+    if value in STORED_QUANTIZATION:
+        notices.append(f"--quantization {value}: A quantised checkpoint says itself how it is quantised.")
+        return "none"
+    if value not in ("auto", "none", *QUANTIZED):
+        raise InputError(
+            f"--quantization {value}: only {' and '.join(QUANTIZED)} can be made while loading; else load a "
+            "checkpoint that is quantised already."
+        )
+    return value
+
+
 def _fixed_notices(arguments: Sequence[str]) -> list[str]:
     """Check the flags with fixed values, and say what they come to."""
     notices = []
@@ -237,7 +254,9 @@ def _destination(flag: str) -> str:
 
 def _limits_with_dots(arguments: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     """`--limit-mm-per-prompt.image 4` as vLLM's dotted form of a JSON flag."""
-    rest, limits, queue = [], {}, list(arguments)
+    rest: list[str] = []
+    limits: dict[str, int] = {}
+    queue = list(arguments)
     while queue:
         head, equals, value = queue.pop(0).partition("=")
         if head.startswith("--limit-mm-per-prompt."):

@@ -35,10 +35,6 @@ FIXED: Mapping[str, tuple[frozenset[str], str]] = {
     "--distributed-executor-backend": (frozenset({"mp", "uni"}), "There is one process."),
     "--config-format": (frozenset({"auto", "hf"}), ""),
     "--model-impl": (frozenset({"auto", "vllm"}), "There is one implementation."),
-    "--quantization": (
-        frozenset({"compressed-tensors", "gptq", "gptq_marlin", "awq", "awq_marlin", "bitsandbytes", "modelopt"}),
-        "A quantised checkpoint says itself how it is quantised.",
-    ),
 }
 """Flags whose values stand for what is done anyway; other values are refused with the reason below."""
 
@@ -49,8 +45,12 @@ REASONS: Mapping[str, str] = {
     "--pipeline-parallel-size": "splitting a model over several devices is not available yet; start with 1",
     "--data-parallel-size": "several copies in one server are not available; start one server per copy",
     "--generation-config": "sampling defaults come from the checkpoint; set them per request instead",
-    "--quantization": "quantising while loading is not available here; load a checkpoint that is quantised already",
 }
+
+STORED_QUANTIZATION = frozenset(
+    {"compressed-tensors", "gptq", "gptq_marlin", "awq", "awq_marlin", "bitsandbytes", "modelopt"}
+)
+"""Values of `--quantization` that describe what a checkpoint already is."""
 
 REFUSED: Mapping[str, str] = {
     "--speculative-config": "speculative decoding is not served yet; without it the answers are the same",

@@ -47,7 +47,7 @@ def start(
     *,
     name: str,
     dtype: str | None = None,
-    quantization: str | None = None,
+    formats: tuple[str | None, ...] = (None, *QUANTIZED),
     context: int | None = None,
     users: int | None = None,
     kv_cache_dtype: CacheDtype = "auto",
@@ -55,7 +55,8 @@ def start(
 ) -> Start:
     """What to load and how. What is given stays; what is None is chosen, the mildest that fits.
 
-    The format is the finest in which one user has the context (8k when none was given), the context the longest that
+    `formats` are those that may be taken, the finest first; None is the type that the model runs in. The format is the
+    finest in which one user has the context (8k when none was given), the context the longest that
     one user can have, the users as many as fit at 8k (or at the context, if that is less), up to 64.
 
     Raises:
@@ -67,7 +68,6 @@ def start(
     asked = Workload(
         min(longest, context or COMFORT), users or 1, dtype=dtype or config.dtype, kv_cache_dtype=kv_cache_dtype
     )
-    formats = (quantization,) if quantization else (None, *QUANTIZED)
     works = [replace(asked, quantization=format) for format in formats]
     work = next((each for each in works if sizer.fits(replace(each, users=1))), works[-1])
     reach = sizer.longest_context(work)
