@@ -44,7 +44,7 @@ def test_an_answer_is_drawn_into_a_file(tmp_path):
     Image.new("RGB", (100, 100), "white").save(source)
     assert draw_answer(str(source), ANSWER, out) == 2
     assert np.asarray(Image.open(out)).min() < 200
-    with pytest.raises(InputError, match="try a name that ends in .png"):
+    with pytest.raises(InputError, match=r"try a name that ends in \.png"):
         draw_answer(str(source), ANSWER, tmp_path / "out.nothing")
 
 
