@@ -13,7 +13,8 @@ import typer
 
 from .. import __version__
 from ..errors import CabochonError
-from . import catalogue, look, talk
+from . import catalogue, doctor, look, plan, quantize, serve, talk, verify
+from .eval import eval_models
 
 app = typer.Typer(
     name="cabochon",
@@ -25,10 +26,14 @@ app = typer.Typer(
 )
 for command in (
     *(talk.chat, talk.run),
-    catalogue.models,
-    look.tokenize,
+    *(catalogue.models, catalogue.pull, catalogue.list_models, catalogue.show, catalogue.rm),
+    *(look.tokenize, verify.verify),
+    *(quantize.quantize, quantize.inspect),
+    *(plan.plan, doctor.doctor),
+    eval_models,
 ):
     app.command(command.__name__.removesuffix("_models"))(command)
+app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 
 def _version(wanted: bool) -> None:

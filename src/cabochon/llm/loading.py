@@ -56,7 +56,7 @@ def load(
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
-    tokenizer = _tokenizer(found, name)
+    tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
     return Loaded(name, network, tokenizer, template, found.generation)
 
@@ -71,7 +71,8 @@ def _open(model: str | Path | None) -> tuple[Checkpoint, str]:
     return open_checkpoint(path), path.name
 
 
-def _tokenizer(found: Checkpoint, name: str) -> Tokenizer | None:
+def tokenizer_of(found: Checkpoint, name: str) -> Tokenizer | None:
+    """The tokenizer that a checkpoint carries; None where it has none. `name` is for messages."""
     if found.folder is None:
         return Tokenizer.from_json(found.tokenizer, name) if found.tokenizer else None
     return Tokenizer.from_file(found.folder) if (found.folder / "tokenizer.json").is_file() else None
@@ -97,9 +98,7 @@ def build(
         network = Gemma4(config)
     convert = quantizer(quantization, panels=device.type == "cpu")
     rows_only = ("per_layer_embedding",) if device.type == "cuda" else ()  # half of E2B, of which a step reads 18 KB
-    fill(
-        network, source, config, dtype=dtype, device=device, convert=convert, progress=progress, keep_on_cpu=rows_only
-    )
+    fill(network, source, config, dtype=dtype, device=device, convert=convert, progress=progress, keep_on_cpu=rows_only)
     return network.eval()
 
 

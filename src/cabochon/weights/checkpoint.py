@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
 from ..errors import CheckpointError
+from . import own
 from .gguf import read_gguf
 from .gguf_model import config_of, stops_of, tokenizer_of
 from .gguf_source import GGUFSource
@@ -35,8 +36,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_gguf(gguf)
     config = read_config(path)
     stored = SafetensorsSource(path)
-    source: Source = SchemeSource(stored, config.quantization) if config.quantization else stored
-    return Checkpoint(config, source, read_generation_config(path), path)
+    return Checkpoint(config, _source(stored, config), read_generation_config(path), path)
+
+
+def _source(stored: SafetensorsSource, config: ModelConfig) -> Source:
+    if not config.quantization:
+        return stored
+    if config.quantization.get("quant_method") == own.METHOD:
+        return own.OwnSource(stored, config)
+    return SchemeSource(stored, config.quantization)
 
 
 def _only_gguf(folder: Path) -> Path | None:

@@ -1,0 +1,84 @@
+"""From one stored form to another: the writers behind `cabochon quantize`, each tensor fetched when its turn comes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError, InputError
+from ..formats import QUANTIZED
+from ..quant import QuantTensor, dequantize
+from . import compressed, gguf_write, own
+from .checkpoint import Checkpoint
+from .load import Source
+from .params import Param, parameters
+
+FORMATS = (*QUANTIZED, *(f"gguf:{f}" for f in gguf_write.FORMATS), *(f"ct:{f}" for f in compressed.FORMATS))
+"""int8, int4: ours. gguf:...: one file for llama.cpp. ct:...: a compressed-tensors folder for vLLM."""
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[Param], None] = lambda _: None) -> None:
+    """Write the checkpoint `found` to `out` (a new folder, or a new file for gguf:...) in one of `FORMATS`.
+
+    Raises:
+        InputError: the format is unknown, `out` exists, or a matrix does not fit the format.
+    """
+    if format not in FORMATS:
+        raise InputError(f"the format is {format!r}, but must be one of {', '.join(FORMATS)}.")
+    if out.exists():
+        raise InputError(f"{out} exists already; name a new {'file' if format.startswith('gguf:') else 'folder'}.")
+    kind, _, inner = format.partition(":")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "gguf":
+        params = {param.name: param for param in parameters(found.config)}
+        gguf_write.save_gguf(
+            out,
+            found.config,
+            lambda ours: _fetch(found.source, params[ours], tick),
+            inner,
+            tokenizer_json=_words(found),
+            template=_template(found),
+            name=name,
+        )
+        return
+    tensors = _all(found, tick)
+    if kind == "ct":
+        compressed.save_compressed(out, found.config, tensors, inner)
+    else:
+        own.save_own(out, found.config, tensors, format)
+    for file in _BESIDE:
+        if found.folder is not None and (found.folder / file).is_file():
+            shutil.copy(found.folder / file, out / file)
+    if found.folder is None and found.tokenizer is not None:
+        (out / "tokenizer.json").write_text(found.tokenizer, encoding="utf-8")
+        if found.template is not None:
+            (out / "chat_template.jinja").write_text(found.template, encoding="utf-8")
+
+
+def _all(found: Checkpoint, tick: Callable[[Param], None]) -> Iterator[tuple[Param, Tensor]]:
+    for param in parameters(found.config):
+        yield param, _fetch(found.source, param, tick)
+
+
+def _fetch(source: Source, param: Param, tick: Callable[[Param], None]) -> Tensor:
+    shapes = source.shapes()
+    name = next((n for n in (param.hf, *param.also) if n in shapes), None)
+    if name is None:
+        raise CheckpointError(f"{source.origin} has no {param.hf}; download it again.")
+    tensor = source.read(name)
+    tick(param)
+    return dequantize(tensor) if isinstance(tensor, QuantTensor) else tensor
+
+
+def _words(found: Checkpoint) -> str | None:
+    path = found.folder / "tokenizer.json" if found.folder is not None else None
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else found.tokenizer
+
+
+def _template(found: Checkpoint) -> str | None:
+    path = found.folder / "chat_template.jinja" if found.folder is not None else None
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else found.template
