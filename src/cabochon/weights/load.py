@@ -77,7 +77,7 @@ def fill(
         if convert is not None:
             tensor = convert(param, tensor)
         kept = param.part in keep_on_cpu
-        place(module, param.name, _host(tensor, device) if kept else _to(tensor, device))
+        place(module, param.name, host(tensor, device) if kept else _to(tensor, device))
         done += source.nbytes(name)
         if progress is not None:
             progress(done, total)
@@ -213,7 +213,7 @@ def _is_quantized(module: nn.Module, name: str) -> bool:
         return False
 
 
-def _host(value: Tensor | QuantTensor, device: torch.device | str) -> Tensor | QuantTensor:
+def host(value: Tensor | QuantTensor, device: torch.device | str) -> Tensor | QuantTensor:
     """In host memory: pinned where kernels on `device` read rows from there."""
     if torch.device(device).type != "cuda":
         return _to(value, "cpu")
