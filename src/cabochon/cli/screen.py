@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.style import Style
 
 from ..chat.messages import Event, Reply, TextDelta, ThinkingDelta, ToolCall, ToolCallDelta, Warned
 
@@ -59,7 +60,11 @@ class Screen:
         if column is not None and (column, self._last_style) != (console, style):
             column.print()
         self._last_style = style
-        console.print(_printable(text) if console.is_terminal else text, style=style, end="")
+        # Not through the console's own print, which turns tabs into spaces.
+        if console.is_terminal:
+            text = _printable(text)
+            text = Style.parse(style).render(text) if style and not console.no_color else text
+        console.file.write(text)
         console.file.flush()
         return console
 

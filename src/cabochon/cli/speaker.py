@@ -1,0 +1,101 @@
+"""A loaded model as the chat commands use it: bar while loading, sampling, rules for tools and schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from .. import hub
+from ..chat.messages import Event, Message, Tool
+from ..errors import InputError
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from ..chat.grammar import Vocabulary
+    from ..engine.request import SamplingParams
+    from ..llm import LLM
+    from ..llm.front import ConstraintMaker
+
+
+@dataclass
+class Speaker:
+    """One model and how it is sampled."""
+
+    llm: LLM
+    params: SamplingParams | None = None
+    _vocabulary: Vocabulary | None = None
+
+    def events(
+        self, messages: Sequence[Message], tools: tuple[Tool, ...], thinking: bool, schema: Any = None
+    ) -> Iterator[Event]:
+        """A reply. Calls fit their tools' schemas, and the text fits `schema` if there is one."""
+        return self.llm.stream(
+            messages,
+            tools=tools,
+            thinking=thinking,
+            params=self.params,
+            constraint=self._rules(tools, thinking, schema),
+        )
+
+    def _rules(self, tools: tuple[Tool, ...], thinking: bool, schema: Any) -> ConstraintMaker | None:
+        if not tools and schema is None:
+            return None
+        from ..chat.constraint import ReplyRules
+        from ..chat.grammar import Vocabulary
+
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.llm.tokenizer, self.llm.front.config.text.vocab_size)
+        words = self._vocabulary
+        content = None if schema is None else words.json_schema(schema, strict=True, field="schema")
+        call = words.call(tools)[0] if tools else None
+        return ReplyRules(self.llm.tokenizer, words, content=content, call=call, may_think=thinking).begin
+
+
+def open_speaker(
+    screen: Screen,
+    model: str | None,
+    device: str,
+    dtype: str,
+    quantization: str | None,
+    max_model_len: int | None,
+    chat_template: Path | None,
+) -> Speaker:
+    """Load a model, with a bar on a terminal."""
+    if model is not None and not model.startswith("random:"):
+        hub.locate(model)  # a wrong name is told before torch is imported
+    from ..llm import LLM
+    from ..llm.loading import load
+
+    with _bar(screen, model or "pebble") as progress:
+        loaded = load(model, device, dtype, progress, quantization)
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.name} has no tokenizer.json, so it can't chat; it serves token ids only.")
+    if chat_template is not None:
+        from ..chat.jinja import template_for
+
+        loaded = replace(loaded, template=template_for(None, loaded.tokenizer, "small", chat_template))
+    return Speaker(LLM.of(loaded, max_model_len=max_model_len))
+
+
+def sampling(
+    temperature: float | None, top_p: float | None, top_k: int | None, max_tokens: int | None, seed: int | None
+) -> SamplingParams | None:
+    """None if nothing was asked for: then all is as the checkpoint says."""
+    if (temperature, top_p, top_k, max_tokens, seed) == (None,) * 5:
+        return None
+    from ..engine.request import SamplingParams
+
+    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+
+
+@contextmanager
+def _bar(screen: Screen, name: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=screen.err, transient=True, disable=not screen.err.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

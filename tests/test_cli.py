@@ -1,0 +1,441 @@
+"""The command line as people use it: answers on stdout, one sentence and exit code 2 for what can't be done."""
+
+import io
+import json
+import os
+import pty
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from cabochon.chat.messages import (
+    Finish,
+    Media,
+    Message,
+    Reply,
+    Text,
+    TextDelta,
+    ThinkingDelta,
+    ToolCall,
+    ToolCallDelta,
+    Warned,
+)
+from cabochon.cli import inputs, main, talk, verify
+from cabochon.cli.screen import Screen
+from cabochon.cli.session import Session
+from cabochon.errors import InputError
+from cabochon.hub import BUNDLED
+from support.speaking import save_speaking
+
+TOOL = {
+    "name": "weather",
+    "description": "Look.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_speaking(tmp_path_factory.mktemp("speaking"))
+
+
+@pytest.fixture
+def cabochon(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def command(*words, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["cabochon", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code or 0
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return command
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["models"], ["--version"], ["chat", "--help"]])
+def test_it_answers_at_once_and_without_torch(words):
+    script = (
+        "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+        "from cabochon.cli import main; main()"
+    )
+    best = 9.0
+    for _ in range(3):  # processor time, not the clock: the suite keeps every core busy
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0
+        assert done.stderr.strip() == "False", "torch was imported"
+    assert best < 0.5
+
+
+def test_models_are_listed(cabochon):
+    listed = cabochon("models")
+    assert listed.code == 0
+    for word in ("E2B", "gemma-4-26B-A4B-it", "256k", "random:E2B"):
+        assert word in listed.out
+
+
+# Talking --------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_takes_lines_from_a_pipe(cabochon):
+    talked = cabochon(
+        "chat", "--max-tokens", "8", stdin=b"Hello\n\nWhat is 1 + 2?\n/think off\nHello\n/quit\nnever said\n"
+    )
+    assert (talked.code, talked.err) == (0, "")
+    assert talked.out.startswith("pebble, a small demonstration model made for this package, without Google's weights")
+    assert "Thinking is off." in talked.out
+    assert len(talked.out.splitlines()) >= 5
+
+
+def test_the_answer_alone_goes_to_stdout(cabochon):
+    asked = ["What is 12 + 13?", "--think", "--temperature", "0"]
+    answered = cabochon("run", *asked)
+    whole = json.loads(cabochon("run", *asked, "--json").out)
+    assert answered.code == 0
+    assert answered.out.rstrip("\n") == whole["text"]
+    assert answered.err.rstrip("\n") == (whole["thinking"] or "").rstrip("\n")
+    assert whole["thinking"], "the bundled model thinks when it may"
+    assert whole["usage"]["completion_tokens"] > whole["usage"]["reasoning_tokens"] > 0
+    assert cabochon("run", *asked[1:], stdin=b"What is 12 + 13?").out == answered.out
+
+
+def test_seeds_repeat_a_reply(cabochon):
+    asked = ["run", "Hello", "--temperature", "100", "--top-p", "1", "--max-tokens", "12", "--json", "--seed"]
+    once, twice, other = (cabochon(*asked, seed).out for seed in (1, 1, 2))
+    assert once == twice != other
+
+
+def test_an_answer_that_must_fit_a_schema(cabochon, checkpoint, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["n"],
+    }
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    answered = cabochon("run", checkpoint, "A number", "--schema", tmp_path / "schema.json", "--max-tokens", "60")
+    assert answered.code == 0, answered.err
+    assert 0 <= json.loads(answered.out)["n"] <= 99
+
+
+def test_files_go_into_the_prompt(cabochon, tmp_path):
+    (tmp_path / "notes.txt").write_text("Nothing much.")
+    answered = cabochon("run", "Sum it up", "-f", tmp_path / "notes.txt", "--max-tokens", "4", "--json")
+    alone = cabochon("run", "Sum it up", "--max-tokens", "4", "--json")
+    assert prompt_tokens(answered) > prompt_tokens(alone)
+
+
+def prompt_tokens(answered):
+    return json.loads(answered.out)["usage"]["prompt_tokens"]
+
+
+def test_a_template_of_ones_own(cabochon, tmp_path):
+    (tmp_path / "plain.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    plain = cabochon("run", "Hello", "--chat-template", tmp_path / "plain.jinja", "--max-tokens", "4", "--json")
+    assert prompt_tokens(plain) < prompt_tokens(cabochon("run", "Hello", "--max-tokens", "4", "--json"))
+
+
+def test_a_terminal(checkpoint, tmp_path):
+    """A chat in a pseudo-terminal: prompt, colour for what isn't the answer, history, /quit."""
+    child, screen = pty.fork()
+    if child == 0:
+        os.environ |= {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+        program = "from cabochon.cli import main; main()"
+        os.execv(sys.executable, [sys.executable, "-c", program, "chat", str(checkpoint), "--max-tokens", "3"])
+    terminal = Terminal(screen)
+    assert b"/help lists the commands." in terminal.until(b"> ")
+    terminal.type(b"/nonsense\n")
+    assert b"There is no command /nonsense; /help lists them." in terminal.until(b"> ")
+    terminal.type(b"\x03")
+    assert b"/quit leaves." in terminal.until(b"> ")
+    terminal.type(b"Hello\n")
+    terminal.until(b"> ")
+    terminal.type(b"/quit\n")
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(screen)
+    assert (tmp_path / "cabochon" / "history").read_text().split() == ["/nonsense", "Hello", "/quit"]
+
+
+class Terminal:
+    """The user's side of a pseudo-terminal."""
+
+    def __init__(self, screen):
+        self.screen = screen
+        self.seen = b""
+
+    def type(self, keys):
+        os.write(self.screen, keys)
+
+    def until(self, mark):
+        """What was shown up to `mark`."""
+        deadline = time.monotonic() + 60
+        while mark not in self.seen:
+            ready, _, _ = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{mark!r} did not come, only {self.seen!r}"
+            self.seen += os.read(self.screen, 1024)
+        shown, _, self.seen = self.seen.partition(mark)
+        return shown
+
+
+# What can't be done ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "expected"),
+    [
+        (["run"], b"Hello \xff", "Standard input isn't UTF-8 text (byte 0xff at position 6)"),
+        (["chat"], b"Hello \xc3(\n", "Standard input isn't UTF-8 text (byte 0xc3 at position 6)"),
+        (["run"], b" \n", "There is no prompt"),
+        (["run", "a", "b", "c"], b"", "run takes [MODEL] PROMPT, but 3 arguments came"),
+        (["run", "no-such-model", "Hi"], b"", "There is no model 'no-such-model'"),
+        (["chat", "./nowhere"], b"", "There is no file or folder ./nowhere."),
+        (["run", "Hi", "--tools", "nowhere.json"], b"", "nowhere.json can't be read (No such file or directory)."),
+        (["run", "Hi", "--file", "nowhere.png"], b"", "There is no file nowhere.png."),
+        (["run", "Hi", "--temperature", "-1"], b"", "temperature is -1.0, but must be between 0 and 100."),
+        (["run", "Hi", "--device", "toaster"], b"", "device is 'toaster'"),
+        (["run", "word " * 300, "--max-model-len", "64"], b"", "tokens"),
+        (["chat"], b"/fly\n", "There is no command /fly; /help lists them."),
+        (["chat"], b"/load nowhere.json\n", "nowhere.json can't be read"),
+        (["tokenize"], b"\xff", "Standard input isn't UTF-8"),
+        (["rm", "E2B"], b"", "rm would delete E2B; confirm with --yes."),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(cabochon, words, stdin, expected):
+    told = cabochon(*words, stdin=stdin)
+    assert told.code == 2
+    assert told.err.startswith("cabochon: ")
+    assert expected in told.err
+    assert len(told.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: truncate(folder / "model.safetensors", 0.5), "model.safetensors"),
+        (lambda folder: truncate(folder / "model.safetensors", 0.0), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: edit(folder / "config.json", model_type="llama"), "llama"),
+        (lambda folder: edit(folder / "config.json", shiny_new_key=1), "shiny_new_key"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda folder: shard(folder), "model-00002-of-00002.safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_one_sentence(cabochon, checkpoint, tmp_path, damage, expected):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    told = cabochon("run", folder, "Hello")
+    assert told.code == 2
+    assert told.err.startswith("cabochon: ")
+    assert expected in told.err
+    assert len(told.err.splitlines()) == 1
+
+
+def truncate(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder):
+    """Make it a checkpoint of two shards of which the second is missing."""
+    from safetensors import safe_open
+
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as opened:
+        names = sorted(opened.keys())
+    at = {name: f"model-0000{1 + (i == 0)}-of-00002.safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": at}))
+
+
+def test_unknown_commands_and_options(cabochon):
+    assert cabochon("fly").code == 2
+    assert cabochon("run", "--fly").code == 2
+
+
+# Looking --------------------------------------------------------------------------------------------------------------
+
+
+def test_tokenize(cabochon):
+    ids = json.loads(cabochon("tokenize", "Hi <|turn>", "--json").out)
+    lines = cabochon("tokenize", stdin=b"Hi <|turn>").out.splitlines()
+    assert [int(line.split("\t")[0]) for line in lines] == ids
+    assert "".join(json.loads(line.split("\t")[1]) for line in lines) == "Hi <|turn>"
+    assert cabochon("tokenize", "Hi <|turn>", "--count").out.strip() == str(len(ids))
+    special = json.loads(cabochon("tokenize", "Hi <|turn>", "--json", "--special").out)
+    assert special[-1] == 105
+    assert len(special) < len(ids)
+
+
+def test_show(cabochon, checkpoint):
+    shown = cabochon("show", checkpoint)
+    assert shown.code == 0
+    for word in (str(checkpoint), "gemma4", "float32", "rendered natively"):
+        assert word in shown.out
+    assert str(BUNDLED) in cabochon("show").out
+
+
+def test_verify(cabochon, monkeypatch):
+    pytest.importorskip("transformers")
+    equal = cabochon("verify", "--json", "--tokens", "70")
+    figures = json.loads(equal.out)
+    assert (equal.code, figures["equal"], figures["tokens"]) == (0, True, 70)
+    assert set(figures["largest_difference"]) == {"embedding", "sliding layers", "global layers", "logits"}
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    different = cabochon("verify", "--tokens", "20")
+    assert different.code == 1
+    assert "DIFFERENT" in different.out
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    missing = cabochon("verify")
+    assert (missing.code, missing.out) == (2, "")
+    assert "pip install transformers" in missing.err
+
+
+# A chat's state -------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_saves_and_loads(tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
+    (tmp_path / "notes.txt").write_text("Rain.")
+    session = Session()
+    session.command("/system Be brief.")
+    session.command("/think off")
+    assert "weather" in session.command(f"/tools {tmp_path / 'tools.json'}")[0]
+    session.command(f"/file {tmp_path / 'notes.txt'}")
+    session.ask("Weather?")
+    session.take(Reply("", "Hm.", (ToolCall("weather", {"city": "Oslo"}, "1"),), "tool_calls"))
+    session.answer("1", '{"sky": "clear"}')
+    session.take(Reply("Clear."))
+    session.command(f"/save {tmp_path / 'chat.json'}")
+    other = Session()
+    other.command(f"/load {tmp_path / 'chat.json'}")
+    assert other == session
+    assert [message.role for message in other.conversation()] == ["system", "user", "assistant", "tool", "assistant"]
+    assert other.conversation()[1].content == (Text("notes.txt:\nRain.\n\n"), Text("Weather?"))
+    assert other.conversation()[3].tool_responses == (("", {"sky": "clear"}),)
+    other.command("/new")
+    other.command("/system")
+    other.command("/tools")
+    assert (other.conversation(), other.tools) == ([], ())
+
+
+def test_retry_forgets_the_last_reply():
+    session = Session()
+    with pytest.raises(InputError, match="nothing to retry"):
+        session.command("/retry")
+    session.ask("Hi")
+    session.take(Reply("Hello."))
+    assert session.command("/retry") == ("", True)
+    assert [message.text for message in session.messages] == ["Hi"]
+    session.take(Reply(""))
+    assert len(session.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/think maybe", "takes on or off, not 'maybe'; it is on now"),
+        ("/file", "needs a path"),
+        ("/save", "needs a file name"),
+        ("/save /no/such/folder/x", "can't be written"),
+        ("/tools nowhere.json", "can't be read"),
+        ("/file nowhere.png", "no file nowhere.png"),
+        ("/load pyproject.toml", "isn't JSON"),
+    ],
+)
+def test_commands_that_cannot_be_carried_out(line, words):
+    with pytest.raises(InputError, match=words):
+        Session().command(line)
+
+
+def test_files_become_parts(tmp_path):
+    for name in ("cat.png", "song.mp3", "film.mp4", "a.py"):
+        (tmp_path / name).write_text("x = 1")
+    found = list(inputs.parts("Look", [tmp_path / name for name in ("a.py", "cat.png", "song.mp3", "film.mp4")]))
+    assert [part.kind if isinstance(part, Media) else part.text for part in found] == [
+        *("image", "audio", "video", "a.py:\nx = 1\n\n", "Look"),
+    ]
+
+
+def test_lines_that_go_on(monkeypatch):
+    typed = b'one\\\ntwo\n"""\nthree\n\nfour\n"""\n"""five"""\nsix\\\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    lines = inputs.Lines()
+    assert [lines.ask("> ") for _ in range(5)] == ["one\ntwo", "three\n\nfour", "five", "six", None]
+
+
+class Scripted:
+    """Says one list of events after the other, and remembers what it was asked."""
+
+    def __init__(self, *replies):
+        self.replies = list(replies)
+        self.asked = []
+
+    def events(self, messages, tools, thinking, schema=None):
+        self.asked.append([message.role for message in messages])
+        return iter(self.replies.pop(0))
+
+
+def test_the_user_answers_tool_calls(monkeypatch, capsys):
+    call = ToolCallDelta(0, ToolCall("weather", {"city": "Oslo"}, "1"))
+    speaker = Scripted([call, Finish("tool_calls")], [TextDelta("Rain."), Finish("stop")])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"rain\n")))
+    session = Session()
+    talk._turn(speaker, session, Screen(), inputs.Lines(), "Weather?")
+    assert speaker.asked == [["user"], ["user", "assistant", "tool"]]
+    assert session.messages[2] == Message("tool", (Text("rain"),), tool_call_id="1")
+    assert capsys.readouterr().out == '→ weather(city="Oslo")\nRain.\n'
+
+
+def test_thinking_text_and_warnings_keep_apart(capsys):
+    events = [ThinkingDelta("Hm"), ThinkingDelta("."), TextDelta("A"), TextDelta("B"), Warned("odd"), TextDelta("C")]
+    reply = Screen(quiet=True).show([*events, Finish("stop")])
+    assert reply == Reply("ABC", "Hm.", warnings=("odd",))
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("AB\nC\n", "Hm.\nodd\n")
+
+
+def test_a_model_cannot_steer_the_terminal():
+    screen = Screen()
+    screen.out.file = io.StringIO()
+    screen.out._force_terminal = True
+    screen.show([TextDelta("\x1b]0;owned\x07\x1b[2Jok\n\ttab\x9b"), Finish("stop")])
+    assert screen.out.file.getvalue() == "␛]0;owned␇␛[2Jok\n\ttab\ufffd\n"
+
+
+def test_ctrl_c_ends_the_reply_and_keeps_what_came(capsys):
+    closed = []
+
+    def reply():
+        try:
+            yield TextDelta("one ")
+            os.kill(os.getpid(), signal.SIGINT)
+            yield TextDelta("two ")
+            yield TextDelta("never")
+        finally:
+            closed.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert Screen().show(reply()).text == "one two "
+    assert closed == [True]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().out == "one two \n"
