@@ -1,0 +1,95 @@
+"""`cabochon bench cpu`: how near to this machine's limits the network runs, by format, batch and context.
+
+Weights are random codes in the true shapes (they cost as much as real ones, and drawing calm numbers for a whole model
+would take longer than timing it), and the past is random rows in shuffled pages: so a context of 32k needs no prefill.
+What is timed is the network's step alone; scheduler and sampler are `bench latency`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..model.batch import Batch
+    from ..model.gemma4 import Gemma4
+
+
+def cpu(
+    model: Annotated[str, typer.Option(help="random:SIZE[?layers=N&media=no]; only the shapes count.")] = (
+        "random:E2B?media=no"
+    ),
+    formats: Annotated[str, typer.Option(help="Formats, separated by commas: bfloat16, int8, int4.")] = "int8,int4",
+    prefill: Annotated[str, typer.Option(help="Prompt lengths.")] = "512",
+    batches: Annotated[str, typer.Option(help="Decode batches.")] = "1,8",
+    contexts: Annotated[str, typer.Option(help="Contexts of the decode steps.")] = "512",
+    isa: Annotated[str, typer.Option(help="Pretend that this is the best instruction set.")] = "",
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 3,
+) -> None:
+    """Tokens per second of prefill and decode, and the part of the memory floor that decode reaches."""
+    import torch
+
+    from ..ops import cpu as kernels
+    from ..weights.random import open_random
+    from .bench_shapes import decode_batch, past_bytes, prefill_batch, random_codes, weight_bytes
+    from .measure import measure
+
+    if isa:
+        kernels.use(isa)
+    config, _ = open_random(model)
+    limits = measure()
+    rows = []
+    for format in formats.split(","):
+        network = random_codes(config, format)
+        weights = weight_bytes(network)
+        for length in _numbers(prefill):
+            seconds = _median(network, prefill_batch(network, length), repeats)
+            rows.append(_row(format, f"prefill {length}", length / seconds, None))
+        for context in _numbers(contexts):
+            for requests in _numbers(batches):
+                batch = decode_batch(network, requests, context)
+                moved = weights + past_bytes(network, requests, context)
+                seconds = _median(network, batch, repeats)
+                name = f"decode {requests} at {context}"
+                rows.append(
+                    _row(format, name, requests / seconds, moved / limits.bandwidth / seconds) | {"bytes": moved}
+                )
+        del network
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    table = Table("format", "what", "tokens/s", "of the floor", title=f"{model}, {kernels.active()}")
+    for row in rows:
+        floor = "" if row["floor"] is None else f"{row['floor']:.0%}"
+        table.add_row(row["format"], row["what"], f"{row['tokens_per_second']:.1f}", floor)
+    Console().print(table)
+    print(
+        f"memory {limits.bandwidth / 1e9:.1f} GB/s, int8 {limits.int8 / 1e9:.0f} GOP/s, {torch.get_num_threads()} threads"
+    )
+    result = {"model": model, "isa": kernels.active(), "bandwidth": limits.bandwidth, "int8": limits.int8}
+    print(json.dumps(result | {"peak_rss": peak, "rows": rows}))
+
+
+def _row(format: str, what: str, rate: float, floor: float | None) -> dict[str, object]:
+    return {"format": format, "what": what, "tokens_per_second": rate, "floor": floor}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _median(network: Gemma4, batch: Batch, repeats: int) -> float:
+    """Seconds of the median step; the first one, which touches everything once, does not count."""
+    import torch
+
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            network(batch)
+            times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[repeats // 2]
