@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cabochon.config import READS_TARGET, read_config, read_generation_config, to_json
 from cabochon.errors import CheckpointError, ConfigError
@@ -116,6 +118,8 @@ def broken(**changes):
         ({"text_config__layer_types": ["full_attention"]}, "layer_types must list num_hidden_layers = 6 entries"),
         ({"text_config__layer_types": ["full_attention"] * 5 + ["sliding_attention"]}, "ends with a sliding layer"),
         ({"text_config__layer_types": ["linear_attention"] * 6}, "holds 'linear_attention'; known are"),
+        ({"text_config__layer_types": [[], {}, 1, None, "", "full_attention"]}, "holds ..; known are"),
+        ({"text_config__per_layer_config": {"5": 3}}, "per_layer_config.5 is 3; it must be an object"),
         ({"text_config__num_kv_shared_layers": 1}, "no global layer is left to share from"),
         ({"text_config__top_k_experts": 9}, "the experts are 8 of width 24, 9 per token"),
         ({"text_config__num_attention_heads": 6}, "is 6, not a multiple of the key-value heads"),
@@ -141,6 +145,25 @@ def test_what_is_wrong_is_named_in_one_sentence(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(broken(**changes))
     assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 1 << 40) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["0", "5", "head_dim", "²"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), size=st.sampled_from(SIZES))
+def test_any_value_anywhere_is_read_or_refused(data, size):
+    raw = toy_json(size, media=True)
+    part = data.draw(st.sampled_from([raw, *(value for value in raw.values() if isinstance(value, dict))]))
+    part[data.draw(st.sampled_from([*part, "per_layer_config", "quantization_config"]))] = data.draw(JSON)
+    try:
+        read_config(raw)
+    except ConfigError as error:
+        assert "\n" not in str(error)
 
 
 def test_unknown_keys_pass_on_the_callers_word():

@@ -214,7 +214,7 @@ def _kinds(section: Section) -> list[Kind]:
     listed = section.take("layer_types", default)
     if not isinstance(listed, list) or len(listed) != count:
         raise section.error("layer_types", f"must list num_hidden_layers = {count} entries")
-    if strange := [item for item in listed if item not in names]:
+    if strange := [item for item in listed if not isinstance(item, str) or item not in names]:
         raise section.error("layer_types", f"holds {strange[0]!r}; known are {' and '.join(names)}")
     if listed[-1] != "full_attention":
         raise section.error("layer_types", "ends with a sliding layer; the last layer of this family is full_attention")
@@ -236,9 +236,11 @@ def _heads(section: Section, kinds: list[Kind], k_eq_v: bool) -> list[tuple[int,
         return [one[kind] for kind in kinds]
     heads = [(head_dim, kv_heads)] * len(kinds)
     for key, values in overrides.items():
-        here = Section(values, section.name(f"per_layer_config.{key}"), file=section.file, ignore=section.ignore)
         if not key.isdecimal() or int(key) >= len(kinds):
             raise section.error(f"per_layer_config.{key}", f"is not a layer number below {len(kinds)}")
+        if not isinstance(values, Mapping):
+            raise section.error(f"per_layer_config.{key}", f"is {values!r}; it must be an object")
+        here = Section(values, section.name(f"per_layer_config.{key}"), file=section.file, ignore=section.ignore)
         heads[int(key)] = here.count("head_dim", head_dim), here.count("num_key_value_heads", kv_heads)
         here.close()
     for kind in ("sliding", "global"):
