@@ -116,7 +116,20 @@ def test_the_answer_alone_goes_to_stdout(cabochon):
 
 
 def test_seeds_repeat_a_reply(cabochon):
-    asked = ["run", "Hello", "--temperature", "100", "--top-p", "1", "--max-tokens", "12", "--json", "--seed"]
+    asked = [
+        "run",
+        "Hello",
+        "--temperature",
+        "2",
+        "--top-p",
+        "1",
+        "--top-k",
+        "0",
+        "--max-tokens",
+        "12",
+        "--json",
+        "--seed",
+    ]
     once, twice, other = (cabochon(*asked, seed).out for seed in (1, 1, 2))
     assert once == twice != other
 
