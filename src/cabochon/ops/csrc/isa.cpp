@@ -1,10 +1,10 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
-#include "attend.h"
+#include "attend_all.h"
 
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all};
 }  // namespace cabochon

@@ -152,6 +152,12 @@ void attend(Address q, Address step, Address pages, Address out, int dtype, Addr
     call(active->attend, op, 1e9);
 }
 
+void attend_all(Address q, Address k, Address v, Address out, int dtype, long batch, long count, long heads, long head) {
+    const AttendAll op{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+                       reinterpret_cast<void*>(out), Dtype(dtype), batch, count, heads, head};
+    call(active->attend_all, op, 1e9);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -168,4 +174,5 @@ NB_MODULE(_cpu, m) {
     m.def("rope", rope);
     m.def("store", store);
     m.def("attend", attend);
+    m.def("attend_all", attend_all);
 }

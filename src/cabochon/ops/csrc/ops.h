@@ -84,6 +84,13 @@ struct Attend {
     long table_width, slots;
 };
 
+struct AttendAll {
+    const void *q, *k, *v;  // [B, I, N, H]
+    void* out;              // [B, I, N, H]
+    Dtype dtype;
+    long batch, count, heads, head;
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -93,6 +100,7 @@ struct Ops {
     void (*rope)(const Rope&);
     void (*store)(const Store&);
     void (*attend)(const Attend&);
+    void (*attend_all)(const AttendAll&);
 };
 
 // One table per instruction set; `supported` is asked before a table is used.

@@ -1,0 +1,168 @@
+// Attention in which every token sees every token: the towers' pictures, without masks, pages or causal order.
+//
+// The keys and values of one head are packed once for all its queries (`attend.h` packs them anew for every tile, which
+// long prompts with wide heads hardly notice and narrow heads do). A tile is 24 queries against blocks of 128 keys.
+#pragma once
+
+#include "attend.h"
+
+namespace {
+
+constexpr long SPAN = 128, QUERIES = 24;
+
+// Where AVX-512 has an instruction for it: the larger of two numbers, neither of which is a NaN that matters.
+INLINE F16 peak(F16 a, F16 b) {
+#if CABOCHON_AVX512
+    a.part[0] = (F16::Part)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0]);
+    return a;
+#else
+    return larger(a, b);
+#endif
+}
+
+INLINE void put_weights(Bf16* to, F16 w) {
+#if CABOCHON_AVX512 && defined(__AVX512BF16__)
+    store(to, _mm512_cvtneps_pbh((__m512)w.part[0]));
+#else
+    put(to, w);
+#endif
+}
+
+// e^x for x <= 0, to 2e-7 of its value, or 5e-5 where the result is rounded to bfloat16; below e^-87 it is e^-87.
+template <bool Rounded>
+INLINE F16 decay(F16 x) {
+    x = peak(x, splat(-87.0f));
+    const I16 n = rounded(x * 1.44269504f);
+    const F16 t = to_float(n);
+    const F16 r = fma(t, splat(-1.42860677e-6f), fma(t, splat(-0.693145752f), x));
+    F16 p = splat(1.0f / 24);
+    if constexpr (!Rounded) {
+        p = fma(splat(1.0f / 720), r, splat(1.0f / 120));
+        p = fma(p, r, splat(1.0f / 24));
+    }
+    p = fma(p, r, splat(1.0f / 6));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    return as<F16>(as<I16>(p) + (n << 23));
+}
+
+template <class T>
+struct Mutual {
+    static constexpr bool pairs = PAIRS<T>;
+    const AttendAll& op;
+    long lanes = (op.head + LANES - 1) / LANES * LANES;  // head width, filled up to whole registers
+    long inner = pairs ? lanes / 2 : lanes;              // words of a query or key
+    long width = pairs ? SPAN / 2 : SPAN;              // words of a query's weights in a block
+    long blocks = (op.count + SPAN - 1) / SPAN;
+
+    const T* row(const void* from, long batch, long head, long token) const {
+        return static_cast<const T*>(from) + ((batch * op.count + token) * op.heads + head) * op.head;
+    }
+
+    U16 words(const T* from, long word) const {
+        if constexpr (pairs) {
+            U16 some = U16::of(0);
+            if (const long left = op.head - 2 * word; left > 0) memcpy(&some, from + 2 * word, least(left, 2 * LANES) * sizeof(T));
+            return some;
+        } else {
+            return as<U16>(get(from + word, op.head - word));
+        }
+    }
+
+    // One block of keys as [inner, SPAN] and of values as [width, lanes]; zero beyond the last token.
+    void pack(long batch, long head, long block, uint32_t* keys, uint32_t* values) const {
+        const long from = block * SPAN, count = least(SPAN, op.count - from);
+        for (long j = 0; j < SPAN; j += LANES)
+            for (long i = 0; i < inner; i += LANES) {
+                U16 square[LANES];
+                for (long lane = 0; lane < LANES; ++lane)
+                    square[lane] = j + lane < count ? words(row(op.k, batch, head, from + j + lane), i) : U16::of(0);
+                uint32_t columns[LANES * LANES];
+                transpose(square, columns, LANES);
+                for (long w = 0; w < least(LANES, inner - i); ++w) memcpy(keys + (i + w) * SPAN + j, columns + w * LANES, 64);
+            }
+        const auto value = [&](long j, long i) {
+            return j < count ? as<U16>(get(row(op.v, batch, head, from + j) + i, op.head - i)) : U16::of(0);
+        };
+        for (long j = 0; j < width; ++j)
+            for (long i = 0; i < lanes; i += LANES)
+                store(values + j * lanes + i, pairs ? value(2 * j, i) >> 16 | value(2 * j + 1, i) : value(j, i));
+    }
+
+    // Scores of one query against a block to weights; rescales what the query has so far.
+    void weigh(const float* scores, uint32_t* weights, long count, float* acc, float& top, F16& weight) const {
+        static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        F16 v[SPAN / LANES], best = splat(-__builtin_inff());
+        for (long i = 0; i < SPAN / LANES; ++i) {
+            v[i] = get(scores + i * LANES);
+            if (count < SPAN)
+                v[i] = select(splat(int32_t(count)) > load<I16>(counted) + int32_t(i * LANES), v[i], splat(-__builtin_inff()));
+            best = peak(v[i], best);
+        }
+        if (const float now = maximum(best); now > top) {
+            const F16 keep = exponential(splat(top - now));
+            for (long i = 0; i < lanes; i += LANES) put(acc + i, get(acc + i) * keep);
+            weight = weight * keep;
+            top = now;
+        }
+        for (long i = 0; i < SPAN / LANES; ++i) {
+            const F16 w = decay<pairs>(v[i] - top);
+            weight = weight + w;
+            if constexpr (pairs)
+                put_weights(reinterpret_cast<Bf16*>(weights) + i * LANES, w);
+            else
+                store(weights + i * LANES, w);
+        }
+    }
+
+    void tile(long batch, long head, long first, const uint32_t* packed) const {
+        const long rows = least(QUERIES, op.count - first);
+        auto* queries = static_cast<uint32_t*>(scratch(ATTENTION, 4 * QUERIES * (inner + SPAN + width + lanes)));
+        auto* scores = reinterpret_cast<float*>(queries + QUERIES * inner);
+        auto* weights = reinterpret_cast<uint32_t*>(scores + QUERIES * SPAN);
+        auto* acc = reinterpret_cast<float*>(weights + QUERIES * width);
+        float top[QUERIES];
+        F16 weight[QUERIES];
+        memset(acc, 0, 4 * QUERIES * lanes);
+        for (long r = 0; r < rows; ++r) {
+            top[r] = -__builtin_inff(), weight[r] = zero();
+            for (long i = 0; i < inner; i += LANES) {
+                uint32_t some[LANES];
+                store(some, words(row(op.q, batch, head, first + r), i));
+                memcpy(queries + r * inner + i, some, 4 * least(LANES, inner - i));
+            }
+        }
+        for (long block = 0; block < blocks; ++block) {
+            const uint32_t *keys = packed + block * (inner * SPAN + width * lanes), *values = keys + inner * SPAN;
+            multiply<pairs>(rows, SPAN, queries, inner, keys, SPAN, inner, scores, SPAN, false);
+            for (long r = 0; r < rows; ++r)
+                weigh(scores + r * SPAN, weights + r * width, op.count - block * SPAN, acc + r * lanes, top[r], weight[r]);
+            multiply<pairs>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
+        }
+        for (long r = 0; r < rows; ++r) {
+            T* to = const_cast<T*>(row(op.out, batch, head, first + r));
+            const F16 share = splat(1.0f / sum(weight[r]));
+            for (long i = 0; i < op.head; i += LANES) put(to + i, get(acc + r * lanes + i) * share, op.head - i);
+        }
+    }
+
+    void run() const {
+        const long size = inner * SPAN + width * lanes, tiles = (op.count + QUERIES - 1) / QUERIES;
+        auto* packed = static_cast<uint32_t*>(scratch(HIDDEN, 4 * blocks * size));
+        for (long batch = 0; batch < op.batch; ++batch)
+            for (long head = 0; head < op.heads; ++head) {
+                parallel(blocks, [&](long b) { pack(batch, head, b, packed + b * size, packed + b * size + inner * SPAN); });
+                parallel(tiles, [&](long t) { tile(batch, head, t * QUERIES, packed); });
+            }
+    }
+};
+
+void attend_all(const AttendAll& op) {
+    if (op.dtype == FLOAT32)
+        Mutual<float>{op}.run();
+    else
+        Mutual<Bf16>{op}.run();
+}
+
+}  // namespace
