@@ -58,7 +58,7 @@ def create_app(llm: AsyncLLM, options: ServerOptions, traffic: Traffic | None = 
 def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(STATIC / "index.html")
+        return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": ONLY_OURS})
 
     @app.get("/health", summary="The process is alive", tags=["Operation"])
     async def health() -> Response:
@@ -131,6 +131,8 @@ def _describe(app: FastAPI) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
+ONLY_OURS = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+"""What the page may load: its own files, and the pictures that its user picked."""
 FAULTS = {
     400: "Something in the request can't be served; the error names the field",
     401: "The key is missing or wrong",

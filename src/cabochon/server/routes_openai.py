@@ -90,6 +90,7 @@ def _model(service: Service, name: str) -> dict[str, object]:
         "owned_by": "cabochon",
         "root": service.llm.name,
         "max_model_len": service.llm.max_model_len,
+        "modalities": ["text", *service.kinds],
     }
 
 

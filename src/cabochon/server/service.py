@@ -35,6 +35,13 @@ class Service:
         self._replies = 0
         self._most = llm.front.engine.scheduler.seats + options.max_waiting
 
+    @property
+    def kinds(self) -> list[str]:
+        """The media that the model takes and the limits leave."""
+        senses = self.llm.front.senses
+        known = sorted(senses.kinds) if senses else []
+        return [kind for kind in known if self.options.media_limits.get(kind) != 0]
+
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises `UnknownModelError` for a model that isn't served."""
         if asked is None:
