@@ -31,6 +31,11 @@ class Screen:
         """A line from the program itself."""
         self.aside.print(text, style="dim")
 
+    def plan(self, text: str) -> None:
+        """What a model takes and how fast it may be; not where only the answer is wanted."""
+        if self.aside is self.out:
+            self.aside.print(text, style="dim")
+
     def complain(self, text: str) -> None:
         """A line about something that went wrong."""
         self.err.print(text, style="yellow")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from .. import hub
 from ..chat.messages import Event, Message, Tool
 from ..errors import InputError
+from . import inputs
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from ..engine.request import SamplingParams
     from ..llm import LLM
     from ..llm.front import ConstraintMaker
+
+
+SEATS = 2
+"""One person talks; the second seat keeps room for the window that the next turn begins with."""
 
 
 @dataclass
@@ -65,21 +70,33 @@ def open_speaker(
     max_model_len: int | None,
     chat_template: Path | None,
 ) -> Speaker:
-    """Load a model, with a bar on a terminal."""
+    """Load a model as the planner says, with a bar on a terminal."""
     if model is not None and not model.startswith("random:"):
         hub.locate(model)  # a wrong name is told before torch is imported
     from ..llm import LLM
     from ..llm.loading import load
+    from .prepare import prepare
 
+    begin = prepare(
+        model,
+        device,
+        dtype=dtype,
+        quantization=quantization or "auto",
+        max_model_len=max_model_len,
+        engine={"max_num_seqs": SEATS},
+    )
+    if not inputs.piped():
+        screen.plan(begin.summary())
     with _bar(screen, model or "pebble") as progress:
-        loaded = load(model, device, dtype, progress, quantization)
+        loaded = load(model, device, dtype, progress, begin.quantization)
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer.json, so it can't chat; it serves token ids only.")
     if chat_template is not None:
         from ..chat.jinja import template_for
 
         loaded = replace(loaded, template=template_for(None, loaded.tokenizer, "small", chat_template))
-    return Speaker(LLM.of(loaded, max_model_len=max_model_len))
+    room = {"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes}
+    return Speaker(LLM.of(loaded, max_model_len=begin.context, **room))
 
 
 def sampling(
