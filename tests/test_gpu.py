@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cabochon import ops
 from cabochon.engine.engine import Engine
 from cabochon.engine.graphs import Frame, Shape, takes
 from cabochon.engine.options import EngineOptions
@@ -109,6 +110,12 @@ def test_nothing_in_a_decode_step_waits_for_the_device(size, kernels):
         with Watch() as watch:
             model(frames[0].batch)
     assert not watch.waited
+
+
+def test_every_op_that_asks_for_a_twin_finds_one():
+    asking = [name for name in ops.__all__ if hasattr(getattr(ops, name), "__wrapped__")]
+    assert len(asking) >= 10
+    assert not [name for name in asking if not hasattr(gpu, name) or not hasattr(cpu, name)]
 
 
 def test_training_takes_the_reference():

@@ -40,7 +40,9 @@ def test_the_widest_heads_fit_the_smallest_and_the_newest_gpu():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_every_line_of_the_table(arch):
-    attention = [("attention", arch, head, decode) for head in (256, 512) for decode in (True, False)]
+    kinds = [(head, decode, "bfloat16") for head in (256, 512) for decode in (True, False)]
+    kinds += [(head, True, pages) for head in (256, 512) for pages in ("int8", "float8")]
+    attention = [("attention", arch, *kind) for kind in kinds]
     matmul = [("matmul", arch, format) for format in FORMATS]
     experts = [("experts", arch, pairs, format) for pairs in (8, 100_000) for format in FORMATS]
     rest = [("join", arch, 256), ("join", arch, 512), ("store", arch, True), ("store", arch, False)]

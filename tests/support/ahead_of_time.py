@@ -42,7 +42,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def attention(arch: int, head: int, decode: bool):
+def attention(arch: int, head: int, decode: bool, pages: str = "bfloat16"):
     """A tile with what it is used for: sliding layers of two tensors, global ones whose value is the key."""
     from cabochon.ops.triton_attention import CHUNK, _attend
     from cabochon.ops.triton_tiles import attend_tile
@@ -51,10 +51,12 @@ def attention(arch: int, head: int, decode: bool):
     pointers = {name: "*i32" for name in _attend.arg_names if name.endswith("_ptr")}
     pointers |= dict.fromkeys(("q_ptr", "step_ptr", "pages_ptr", "out_ptr"), "*bf16")
     pointers |= dict.fromkeys(("scales_ptr", "acc_ptr", "softmax_ptr"), "*fp32")
+    pointers["pages_ptr"] = {"bfloat16": "*bf16", "int8": "*i8", "float8": "*u8"}[pages]
     sizes = {"tiles": "i32", "table_width": "i32", "queries": "i32"}
     constants = {
         "K": 2, "G": group, "H": head, "W": 2 * head if wide else head + head // 4, "KEY": 0 if wide else head // 4,
-        "VALUE": head if wide else 0, "S": 32, "WINDOW": 1024 if wide else 0, "PAST": True, "SPLIT": 0,
+        "VALUE": head if wide else 0, "S": 32, "WINDOW": 1024 if wide else 0, "PAST": True,
+        "SPLIT": 0 if pages == "bfloat16" else head, "FLOAT8": pages == "float8",
         "CHUNK": CHUNK if decode else 0, "BQ": tile.rows // group, "BG": group, "BN": tile.keys,
         "BV": min(tile.columns, head),
     }  # fmt: skip

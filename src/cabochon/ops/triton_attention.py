@@ -36,12 +36,19 @@ def _fold(q, key, value, seen, top, total, acc):
 
 
 @triton.jit
-def _read(pages, scales, row, column, inside, W: tl.constexpr, SPLIT: tl.constexpr, dtype: tl.constexpr):
+def _read(
+    pages, scales, row, column, inside, W: tl.constexpr, SPLIT: tl.constexpr, FLOAT8: tl.constexpr, dtype: tl.constexpr
+):
     """Elements `column` of stored rows `row`; SPLIT > 0 means 8-bit rows with a scale on each side of it."""
     x = tl.load(pages + row * W + column, mask=inside)
     if SPLIT > 0:
         first = tl.load(scales + row * 2, mask=inside, other=0.0)
         second = tl.load(scales + row * 2 + 1, mask=inside, other=0.0)
+        if FLOAT8:
+            # float8_e4m3fn is float16 with a shorter exponent: its bits, shifted, are 1/256 of its value. So GPUs whose
+            # compiler has no such type read it too.
+            bits = x.to(tl.int16)
+            x = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         x = tl.where(inside, x.to(tl.float32), 0.0) * tl.where(column < SPLIT, first, second)
         return x.to(dtype)
     return tl.where(inside, x, 0.0).to(dtype)
@@ -77,6 +84,7 @@ def _attend(
     WINDOW: tl.constexpr,
     PAST: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLOAT8: tl.constexpr,
     CHUNK: tl.constexpr,
     BQ: tl.constexpr,
     BG: tl.constexpr,
@@ -136,6 +144,7 @@ def _attend(
                 inside[None, :],
                 W,
                 SPLIT,
+                FLOAT8,
                 q_ptr.dtype.element_ty,
             )
             value = _read(
@@ -146,6 +155,7 @@ def _attend(
                 inside[:, None],
                 W,
                 SPLIT,
+                FLOAT8,
                 q_ptr.dtype.element_ty,
             )
             seen = inside[None, :] & (j[None, :] <= reach[:, None])
@@ -222,6 +232,7 @@ def attend(
     if not queries:
         return out
     stored = pages.codes if isinstance(pages, ScaledPages) else pages
+    float8 = stored is not None and stored.dtype == torch.float8_e4m3fn
     decode = rows.longest <= DECODE_ROWS
     tile = attend_tile(generation(q.device), head, decode)
     packed = triton.next_power_of_2(group)
@@ -235,7 +246,7 @@ def attend(
     _attend[(context.shape[0] * tiles, kv_heads * (head // columns), chunks)](
         q.contiguous(),
         step.contiguous(),
-        stored if stored is not None else step,  # an argument that this launch does not read
+        step if stored is None else stored.view(torch.uint8) if float8 else stored,  # step: nothing is read there
         pages.scales if isinstance(pages, ScaledPages) else acc,
         past.table if past is not None else start,
         past.first if past is not None else start,
@@ -261,6 +272,7 @@ def attend(
         WINDOW=window or 0,
         PAST=past is not None and stored is not None,
         SPLIT=pages.split if isinstance(pages, ScaledPages) else 0,
+        FLOAT8=float8,
         CHUNK=CHUNK if decode else 0,
         BQ=tokens,
         BG=packed,
