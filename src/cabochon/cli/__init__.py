@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import CabochonError
-from . import catalogue, doctor, look, plan, quantize, serve, talk, verify
+from . import bench, catalogue, doctor, look, plan, quantize, serve, talk, verify
 from .eval import eval_models
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ for command in (
     eval_models,
 ):
     app.command(command.__name__.removesuffix("_models"))(command)
+app.add_typer(bench.app)
 app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 

@@ -1,0 +1,47 @@
+"""`cabochon bench`: every command runs on the bundled model and ends in one JSON line that adds up."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cabochon.cli import app
+from cabochon.cli.bench import _percentile
+
+SMALL = ["--input-len", "24", "--output-len", "6"]
+
+
+def bench(*words):
+    done = CliRunner().invoke(app, ["bench", *words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_latency():
+    result = bench("latency", *SMALL, "--repeats", "1", "--batch", "2")
+    assert 0 < result["prefill_s"] < result["total_s"]
+    assert result["per_token_s"] * 5 == pytest.approx(result["total_s"] - result["prefill_s"])
+    assert result["model_ms_per_step"] > 0
+
+
+def test_throughput_beside_transformers():
+    result = bench("throughput", *SMALL, "--num-prompts", "4", "--baseline", "transformers")
+    assert result["output_tokens_per_s"] * result["total_s"] == pytest.approx(24)
+    assert result["times_baseline"] == pytest.approx(result["baseline_total_s"] / result["total_s"])
+
+
+def test_serve_sim():
+    result = bench("serve-sim", *SMALL, "--num-prompts", "5", "--rate", "50", "--max-num-seqs", "2")
+    assert 0 < result["first_token_p50_s"] <= result["first_token_p99_s"] <= result["total_s"]
+    assert result["between_tokens_p50_s"] > 0
+
+
+def test_an_unknown_baseline_is_refused():
+    with pytest.raises(Exception, match="--baseline is 'llama', but the only one is transformers"):
+        bench("latency", *SMALL, "--baseline", "llama")
+
+
+def test_percentiles():
+    assert [_percentile([3.0, 1.0, 2.0, 4.0], q) for q in (0, 50, 99)] == [1.0, 3.0, 4.0]
+    assert _percentile([], 50) == 0.0
