@@ -21,7 +21,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 def prompts():
     """Sixteen prompts of many lengths, as token ids."""
     tokenizer = load(None, "cpu").tokenizer
-    lines = gzip.open(BUNDLED / "tasks.jsonl.gz", "rt").read().splitlines()
+    lines = gzip.decompress((BUNDLED / "tasks.jsonl.gz").read_bytes()).decode().splitlines()
     texts = [json.loads(line)["messages"][0]["content"] for line in lines[:: len(lines) // 16][:16]]
     return [tokenizer.encode(text * (1 + i % 3)) for i, text in enumerate(texts)]
 

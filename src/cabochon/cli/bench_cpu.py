@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,14 +67,13 @@ def cpu(
         floor = "" if row["floor"] is None else f"{row['floor']:.0%}"
         table.add_row(row["format"], row["what"], f"{row['tokens_per_second']:.1f}", floor)
     Console().print(table)
-    print(
-        f"memory {limits.bandwidth / 1e9:.1f} GB/s, int8 {limits.int8 / 1e9:.0f} GOP/s, {torch.get_num_threads()} threads"
-    )
+    speeds = f"memory {limits.bandwidth / 1e9:.1f} GB/s, int8 {limits.int8 / 1e9:.0f} GOP/s"
+    print(f"{speeds}, {torch.get_num_threads()} threads")
     result = {"model": model, "isa": kernels.active(), "bandwidth": limits.bandwidth, "int8": limits.int8}
     print(json.dumps(result | {"peak_rss": peak, "rows": rows}))
 
 
-def _row(format: str, what: str, rate: float, floor: float | None) -> dict[str, object]:
+def _row(format: str, what: str, rate: float, floor: float | None) -> dict[str, Any]:
     return {"format": format, "what": what, "tokens_per_second": rate, "floor": floor}
 
 

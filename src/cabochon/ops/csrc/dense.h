@@ -48,13 +48,13 @@ INLINE typename Step<T>::Value read_some(const T* from, long n) {
 }
 
 template <class T, int R, int C>
-void dots(const T* x, long x_stride, const T* w, long w_stride, long from, long to, float* out) {
+void dots(const T* x, long x_stride, const T* w, long w_stride, long inner, bool onto, float* out) {
     constexpr long SIZE = Step<T>::SIZE;
     F16 acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = zero();
-    long k = from;
-    for (; k + SIZE <= to; k += SIZE) {
+    long k = 0;
+    for (; k + SIZE <= inner; k += SIZE) {
         typename Step<T>::Value b[C];
         for (int c = 0; c < C; ++c) b[c] = Step<T>::read(w + c * w_stride + k);
         for (int r = 0; r < R; ++r) {
@@ -62,44 +62,64 @@ void dots(const T* x, long x_stride, const T* w, long w_stride, long from, long 
             for (int c = 0; c < C; ++c) acc[r][c] = Step<T>::add(acc[r][c], a, b[c]);
         }
     }
-    if (k < to) {
+    if (k < inner) {
         typename Step<T>::Value b[C];
-        for (int c = 0; c < C; ++c) b[c] = read_some(w + c * w_stride + k, to - k);
+        for (int c = 0; c < C; ++c) b[c] = read_some(w + c * w_stride + k, inner - k);
         for (int r = 0; r < R; ++r) {
-            const auto a = read_some(x + r * x_stride + k, to - k);
+            const auto a = read_some(x + r * x_stride + k, inner - k);
             for (int c = 0; c < C; ++c) acc[r][c] = Step<T>::add(acc[r][c], a, b[c]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) {
             float& y = out[r * BLOCK + c];
-            y = from ? y + sum(acc[r][c]) : sum(acc[r][c]);
+            y = onto ? y + sum(acc[r][c]) : sum(acc[r][c]);
         }
 }
 
 template <class T, int R, int C>
-void fit(long rows, long outputs, const T* x, long x_stride, const T* w, long w_stride, long from, long to, float* out) {
+void fit(long rows, long outputs, const T* x, long x_stride, const T* w, long w_stride, long inner, bool onto, float* out) {
     if constexpr (R > 1) {
-        if (rows < R) return fit<T, R - 1, C>(rows, outputs, x, x_stride, w, w_stride, from, to, out);
+        if (rows < R) return fit<T, R - 1, C>(rows, outputs, x, x_stride, w, w_stride, inner, onto, out);
     }
     if constexpr (C > 1) {
-        if (outputs < C) return fit<T, R, C - 1>(rows, outputs, x, x_stride, w, w_stride, from, to, out);
+        if (outputs < C) return fit<T, R, C - 1>(rows, outputs, x, x_stride, w, w_stride, inner, onto, out);
     }
-    dots<T, R, C>(x, x_stride, w, w_stride, from, to, out);
+    dots<T, R, C>(x, x_stride, w, w_stride, inner, onto, out);
 }
+
+// Without bfloat16 dot products, weights are widened once for all rows of a block, and rows once for all blocks.
+template <class T>
+constexpr bool WIDENED = sizeof(T) == 2 && Step<T>::SIZE == LANES;
 
 template <class T>
 void dense_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
     const auto* rows = static_cast<const T*>(x.data);
     const auto* weight = static_cast<const T*>(w.codes);
     const long outputs = least(BLOCK, w.rows - output);
-    for (long from = 0; from < w.cols; from += INNER) {
-        const long to = least(from + INNER, w.cols);
+    for (long from = 0; from < w.cols; from += INNER)
         for (long row = first; row < last; row += DOT_ROWS)
             for (long c = 0; c < outputs; c += DOT_OUTPUTS)
-                fit<T, DOT_ROWS, DOT_OUTPUTS>(last - row, outputs - c, rows + row * x.stride, x.stride,
-                                              weight + (output + c) * w.cols, w.cols, from, to,
-                                              out + (row - first) * BLOCK + c);
+                fit<T, DOT_ROWS, DOT_OUTPUTS>(last - row, outputs - c, rows + row * x.stride + from, x.stride,
+                                              weight + (output + c) * w.cols + from, w.cols, least(INNER, w.cols - from),
+                                              from > 0, out + (row - first) * BLOCK + c);
+}
+
+void widened_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
+    alignas(64) float wide[DOT_OUTPUTS * INNER];
+    const auto* rows = static_cast<const float*>(x.data);
+    const auto* weight = static_cast<const Bf16*>(w.codes);
+    const long outputs = least(BLOCK, w.rows - output);
+    for (long from = 0; from < w.cols; from += INNER) {
+        const long inner = least(INNER, w.cols - from);
+        for (long c = 0; c < outputs; c += DOT_OUTPUTS) {
+            for (long i = 0; i < least(DOT_OUTPUTS, outputs - c); ++i)
+                for (long k = 0; k < inner; k += LANES)
+                    put(wide + i * INNER + k, get(weight + (output + c + i) * w.cols + from + k, inner - k), inner - k);
+            for (long row = first; row < last; row += DOT_ROWS)
+                fit<float, DOT_ROWS, DOT_OUTPUTS>(last - row, outputs - c, rows + row * x.stride + from, x.stride, wide, INNER,
+                                                  inner, from > 0, out + (row - first) * BLOCK + c);
+        }
     }
 }
 
@@ -107,8 +127,11 @@ void dense_block(const Operand& x, long first, long last, const Matrix& w, long 
 void block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
     if (w.format == INT8) return integer_block<INT8>(x, first, last, w, output, out);
     if (w.format == INT4) return integer_block<INT4>(x, first, last, w, output, out);
-    if (w.dtype == BFLOAT16) return dense_block<Bf16>(x, first, last, w, output, out);
-    return dense_block<float>(x, first, last, w, output, out);
+    if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, out);
+    if constexpr (WIDENED<Bf16>)
+        widened_block(x, first, last, w, output, out);
+    else
+        dense_block<Bf16>(x, first, last, w, output, out);
 }
 
 }  // namespace

@@ -33,9 +33,17 @@ INLINE void typed(Dtype dtype, void* p, F f) {
         f(static_cast<Bf16*>(p));
 }
 
+Operand widened(const Rows& x, Slot slot) {
+    auto* wide = static_cast<float*>(scratch(slot, x.count * x.width * sizeof(float)));
+    for (long row = 0; row < x.count; ++row)
+        for (long i = 0; i < x.width; i += LANES)
+            put(wide + row * x.width + i, get(static_cast<const Bf16*>(row_of(x, row)) + i, x.width - i), x.width - i);
+    return Operand::dense(wide, x.width);
+}
+
 // x as the left side of products with weights of `format`.
 Operand operand(const Rows& x, Format format, Slot slot) {
-    if (format == DENSE) return Operand::dense(x.data, x.stride);
+    if (format == DENSE) return WIDENED<Bf16> && x.dtype == BFLOAT16 ? widened(x, slot) : Operand::dense(x.data, x.stride);
     const Operand left = Operand::in(scratch(slot, Operand::bytes(x.count, x.width)), x.count, x.width);
     const long chunk = 16;
     parallel((x.count + chunk - 1) / chunk, [&](long item) {
@@ -72,6 +80,7 @@ struct Hidden {
 
     Hidden(Format format, Dtype dtype, long count, long width) {
         if (format == DENSE) {
+            if (WIDENED<Bf16>) dtype = FLOAT32;
             rows = {scratch(HIDDEN, count * width * element(dtype)), dtype, count, width, width};
             operand = Operand::dense(rows.data, width);
         } else {
@@ -166,11 +175,11 @@ Operand gather(const Operand& x, const Routing& routing, const Experts& op, long
         }
         return to;
     }
-    const size_t bytes = width * element(op.x.dtype);
+    const size_t number = WIDENED<Bf16> ? sizeof(float) : element(op.x.dtype), bytes = width * number;
     auto* to = static_cast<char*>(scratch(SORTED, rows * bytes));
     for (long row = 0; row < rows; ++row) {
         const long token = routing.source[row] / op.per_token;
-        memcpy(to + row * bytes, static_cast<const char*>(x.data) + token * x.stride * element(op.x.dtype), bytes);
+        memcpy(to + row * bytes, static_cast<const char*>(x.data) + token * x.stride * number, bytes);
     }
     return Operand::dense(to, width);
 }
