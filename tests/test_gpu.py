@@ -1,5 +1,7 @@
 """Whole models through the kernels of the GPU: on one where there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +11,8 @@ from cabochon.engine.engine import Engine
 from cabochon.engine.graphs import Frame, Shape, takes
 from cabochon.engine.options import EngineOptions
 from cabochon.engine.request import Request, SamplingParams
-from cabochon.ops import cpu, gpu
+from cabochon.ops import cpu, gpu, reference
+from cabochon.quant import quantize
 from support.toys import SIZES, random_ids, toy_model
 from support.triton_twins import DEVICE, distance
 
@@ -115,7 +118,28 @@ def test_nothing_in_a_decode_step_waits_for_the_device(size, kernels):
 def test_every_op_that_asks_for_a_twin_finds_one():
     asking = [name for name in ops.__all__ if hasattr(getattr(ops, name), "__wrapped__")]
     assert len(asking) >= 10
-    assert not [name for name in asking if not hasattr(gpu, name) or not hasattr(cpu, name)]
+    assert not [name for name in asking if not hasattr(gpu, name)]
+
+
+def test_a_row_has_the_same_bits_in_any_company(monkeypatch):
+    """In the invariant mode; without it the vendor's matmul decides."""
+    monkeypatch.setattr(gpu, "_invariant", True)
+    x, head = torch.randn(70, 48).to(DEVICE), torch.randn(90, 48).to(DEVICE)
+    gate, up, down = (torch.randn(shape).to(DEVICE) for shape in ((64, 48), (64, 48), (48, 64)))
+    for run in (lambda rows: gpu.gated_mlp(rows, gate, up, down), lambda rows: gpu.head(rows, head, 30.0)):
+        together = run(x)
+        assert torch.equal(run(x[33:34])[0], together[33])
+    assert distance(gpu.gated_mlp(x, gate, up, down), reference.gated_mlp(x, gate, up, down)) < 2e-6
+
+
+def test_quantised_weights_are_widened_for_many_rows(monkeypatch):
+    weight = quantize(torch.randn(24, 64), "int4")
+    weight = replace(weight, codes=weight.codes.to(DEVICE), scales=weight.scales.to(DEVICE))
+    asked = []
+    monkeypatch.setattr(gpu.kernels()[2], "linear", lambda x, w: asked.append(len(x)))
+    few, many = torch.randn(gpu.FEW, 64).to(DEVICE), torch.randn(gpu.FEW + 1, 64).to(DEVICE)
+    gpu.linear(few, weight)
+    assert asked == [gpu.FEW] and gpu.linear(many, weight).shape == (gpu.FEW + 1, 24) and len(asked) == 1
 
 
 def test_training_takes_the_reference():

@@ -62,7 +62,7 @@ def _dot(
 def _gelu(x):
     """gelu_tanh in float32; tanh by exp, since Triton has none of its own."""
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * inner))
+    return x / (1.0 + tl.exp(-2.0 * tl.maximum(inner, -40.0)))  # below that it is zero, and exp would overflow
 
 
 @triton.jit
