@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cabochon.cli import app
+from cabochon.cli.bench_shapes import past_bytes, random_codes, weight_bytes
 from cabochon.config import read_config
 from cabochon.errors import CabochonError, InputError
 from cabochon.kv.layout import kv_groups, plan_pages
 from cabochon.kv.pool import PageStore
+from cabochon.quant import QuantTensor
 from cabochon.sizing import Workload, hardware, plan, ranking, start, units
 from cabochon.sizing.memory import PAGE, measure, value_bytes
 from cabochon.sizing.report import tables
-from cabochon.sizing.speed import active_parameters, expected_tokens, speed
+from cabochon.sizing.speed import active_parameters, expected_tokens, speed, step_seconds
 from cabochon.variants import SIZES, find
 from cabochon.weights.params import parameters
 from support.toys import SIZES as TOYS
@@ -240,6 +242,29 @@ def test_the_floor_of_e2b_is_the_known_one():
         f: speed(config_of("E2B"), Workload(context=512, quantization=f), device, 1).decode for f in (None, "int4")
     }
     assert rates[None] == pytest.approx(6.5, abs=0.15) and rates["int4"] == pytest.approx(22.5, abs=1)
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "31B"])
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_the_floor_is_what_the_network_really_reads(size, format):
+    """Bytes of a decode step by the planner, and counted on a network in memory (small vectors put aside)."""
+    config = toy_config(size)
+    network = random_codes(config, format)
+    work = Workload(context=9, quantization=None if format == "bfloat16" else format)
+    bytes_per_second = replace(CPU, bandwidth=1.0, bf16=1e30, int8=1e30)
+    vectors = sum(p.nbytes("bfloat16") for p in parameters(config) if len(p.shape) == 1 and p.part == "text")
+    padding = sum(weight.nbytes - told for weight, told in quantised(network, config, format))
+    counted = weight_bytes(network) - vectors - padding + past_bytes(network, 1, 9)
+    assert step_seconds(config, work, bytes_per_second, 1, 1) == pytest.approx(counted, rel=1e-6)
+
+
+def quantised(network, config, format):
+    """(weight, its bytes by the table) of every quantised matrix that a step reads; panels fill rows up to 16."""
+    for param in parameters(config):
+        owner, _, leaf = param.name.rpartition(".")
+        value = getattr(network.get_submodule(owner), leaf)
+        if isinstance(value, QuantTensor) and param.part != "per_layer_embedding":
+            yield value, param.nbytes("bfloat16", format)
 
 
 def test_prefill_skips_the_layers_that_share():

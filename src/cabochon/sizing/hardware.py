@@ -153,7 +153,12 @@ def this_machine() -> Hardware:
         guess = "not measured: a guess from the number of cores; run `cabochon doctor --measure`"
         bandwidth = min(40e9, 12e9 * cores)
         return Hardware(THIS_MACHINE, "cpu", free_memory(), bandwidth, 0.1e12 * cores, 0.2e12 * cores, guess)
-    source = f"measured by cabochon doctor on {measured.cores} cores"
+    return as_hardware(measured)
+
+
+def as_hardware(measured: Measured) -> Hardware:
+    """This machine with rates that were just measured."""
+    source = f"measured on {measured.cores} cores"
     return Hardware(THIS_MACHINE, "cpu", free_memory(), measured.bandwidth, measured.bf16, measured.int8, source)
 
 

@@ -71,11 +71,13 @@ def step_seconds(config: ModelConfig, work: Workload, hardware: Hardware, batch:
     return max(read / hardware.bandwidth, operations / hardware.rate(work.quantization))
 
 
-def prefill_seconds(config: ModelConfig, work: Workload, hardware: Hardware, batch: int) -> float:
-    """One step over `batch` prompts of PREFILL tokens. Layers that share keys and values run for last tokens only."""
+def prefill_seconds(
+    config: ModelConfig, work: Workload, hardware: Hardware, batch: int, length: int = PREFILL
+) -> float:
+    """One step over `batch` prompts of `length` tokens. Layers that share keys and values run for last tokens only."""
     read = operations = 0.0
     for param in _multiplied(config):
-        rows = batch * (1 if _for_wanted_rows_only(param, config) else PREFILL)
+        rows = batch * (1 if _for_wanted_rows_only(param, config) else length)
         read += _mine(param, config, work) * _distinct(param, config, rows)
         split = work.ranks if is_split(param, config, work.ranks) else 1
         operations += 2 * rows * param.count * _share(param, config) / split
