@@ -80,6 +80,8 @@ def test_it_answers_at_once_and_without_torch(words):
         best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
         assert done.stderr.strip() == "False", "torch was imported"
+        if best < 0.5:
+            break
     assert best < 0.5
 
 

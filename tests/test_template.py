@@ -8,9 +8,8 @@ import pytest
 from cabochon.chat.jinja import JinjaTemplate, template_for
 from cabochon.chat.messages import Media, read_messages
 from cabochon.chat.template import Template
-from cabochon.chat.tokenizer import Tokenizer
 from cabochon.errors import CheckpointError, RequestError
-from support import published
+from support import published, tokenizers_at_hand
 from support.conversations import CONTROL, Inventor
 from support.published import needs_facts
 
@@ -23,7 +22,7 @@ SWITCHES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_file(published.path("tokenizer.json"))
+    return tokenizers_at_hand.tokenizer("published")
 
 
 def native(tokenizer, family, messages, tools=(), *, enable_thinking, **switches):
@@ -418,3 +417,24 @@ def test_a_template_that_is_no_jinja(tokenizer, tmp_path):
         JinjaTemplate("{% if %}", tokenizer)
     with pytest.raises(CheckpointError, match="can't be read"):
         template_for(None, tokenizer, "small", tmp_path / "missing.jinja")
+
+
+@needs_facts
+def test_what_the_model_wrote_is_marked(tokenizer):
+    call = calling("f", content="Dry.") | {"reasoning": "Look."}
+    answer = {"role": "tool", "tool_call_id": "f", "content": "no rain"}
+    final = {"role": "assistant", "content": "No."}
+    prompt = Template(tokenizer).render([USER, {"role": "assistant", "content": "Where?"}, USER, call, answer, final])
+    assert [tokenizer.decode(prompt.token_ids[a:b], special=True) for a, b in prompt.written] == [
+        "Where?<turn|>",
+        "<|channel>thought\nLook.\n<channel|><|tool_call>call:f{}<tool_call|><|tool_response>",
+        "Dry.No.<turn|>",
+    ]
+    for seed in range(200):
+        invent = Inventor(seed)
+        prompt = Template(tokenizer).render(invent.conversation(), add_generation_prompt=False)
+        places = [place for span in prompt.written for place in span]
+        assert places == sorted(places)
+        for a, b in prompt.written:
+            assert tokenizer.turn_open not in prompt.token_ids[a:b]
+            assert tokenizer.tool_response_close not in prompt.token_ids[a:b]

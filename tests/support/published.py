@@ -36,17 +36,14 @@ def _template(family):
 
 
 @cache
-def _tokenizer():
+def library() -> tokenizers.Tokenizer:
+    """The published tokenizer as the library reads it, control tokens in text and all."""
     return tokenizers.Tokenizer.from_file(str(path("tokenizer.json")))
 
 
 def encode(text: str) -> list[int]:
     """Ids with control tokens recognised in the text, as `transformers` does it."""
-    return _tokenizer().encode(text, add_special_tokens=False).ids
-
-
-def decode(ids: list[int]) -> str:
-    return _tokenizer().decode(ids, skip_special_tokens=False)
+    return library().encode(text, add_special_tokens=False).ids
 
 
 def render(family, messages, **switches) -> str:
