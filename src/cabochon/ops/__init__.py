@@ -14,7 +14,8 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 
 from . import cpu, gpu, reference
-from .reference import Weight, attend_all
+from .mutual import attend_all
+from .reference import Weight
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
