@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,7 @@ def seconds(model: str | None, llm: LLM, prompts: list[list[int]], length: int) 
             save(folder, network, llm.front.config)
         else:
             folder = locate(model)
-        theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=weight.dtype)  # in eval mode
+        theirs: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=weight.dtype)  # in eval mode
     theirs.to(str(weight.device))
     ids = torch.tensor(prompts, device=weight.device)
 
