@@ -16,8 +16,10 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attend_all`. On a CPU a picture's result is the same bits whatever lies beside it."""
     if not cpu.ready(q):
         return reference.attend_all(q, k, v)
+    from . import _cpu
+
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     wide = q.dtype == torch.bfloat16
-    cpu._cpu.attend_all(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), int(wide), *q.shape)
+    _cpu.attend_all(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), int(wide), *q.shape)
     return out
