@@ -5,7 +5,7 @@ import torch
 
 from cabochon import ops
 from cabochon.ops import cpu, reference
-from cabochon.ops.views import Past, Rows
+from cabochon.ops.views import Past, Rows, ScaledPages
 from cabochon.quant import QuantTensor, dequantize, pack, quantize, round_activations
 
 pytestmark = pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
@@ -233,6 +233,21 @@ def test_attend_over_two_way_spans_and_chosen_rows(random):
     offsets = {"key_offset": 0, "value_offset": 64, "window": 32}
     expected = reference.attend(q[index], step, pages, few, start, context, past, **offsets)
     assert_close(cpu.attend(q[index], step, pages, few, start, context, past, **offsets), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("head", "width"), [(64, 128), (32, 40), (12, 24)])
+def test_attend_over_pages_in_8_bits(head, width, dtype, random):
+    q, step, pages, rows, start, context, past = attention_case(
+        [3, 1], [150, 37], 4, 2, head, width, None, dtype, random
+    )
+    shape = pages.shape
+    kept = ScaledPages(torch.zeros(shape, dtype=torch.int8), torch.zeros(*shape[:3], 2), head)
+    kept.write(pages.flatten(0, 1), torch.arange(shape[0] * shape[1]))
+    offsets = {"key_offset": width - head, "value_offset": 0, "window": None}
+    twin = kept.read(torch.arange(shape[0]), dtype)
+    expected = reference.attend(q.double(), step.double(), twin.double(), rows, start, context, past, **offsets)
+    assert_close(cpu.attend(q, step, kept, rows, start, context, past, **offsets), expected, dtype)
 
 
 def test_attend_without_past(random):

@@ -39,6 +39,7 @@ def attend(
     q: int,
     step: int,
     pages: int,
+    scales: int,
     out: int,
     dtype: int,
     row_start: int,
@@ -58,5 +59,9 @@ def attend(
     window: int,
     table_width: int,
     slots: int,
+    split: int,
     /,
+) -> None: ...
+def attend_all(
+    q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
 ) -> None: ...

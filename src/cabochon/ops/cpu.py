@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..quant import PANEL, QuantTensor
 from . import reference
 from .reference import Weight
-from .views import Pages, Past, Rows
+from .views import Pages, Past, Rows, ScaledPages
 
 try:
     from . import _cpu
@@ -208,19 +208,19 @@ def attend(
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    stored = past is not None and pages is not None
-    if step.dtype != q.dtype or (stored and (not isinstance(pages, Tensor) or pages.dtype != q.dtype)):
+    codes, scales, split = _stored(pages if past is not None else None)
+    if step.dtype != q.dtype or (codes is not None and codes.dtype != (q.dtype if scales is None else torch.int8)):
         return reference.attend(
             q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
         )
     q, step = q.contiguous(), step.contiguous()
     out = torch.empty_like(q)
-    table, first, stored_rows = (past.table, past.first, pages) if past is not None and stored else (None, None, None)
-    assert table is None or table.is_contiguous()
+    table = past.table.contiguous() if past is not None and codes is not None else None
     _cpu.attend(
         q.data_ptr(),
         step.data_ptr(),
-        stored_rows.data_ptr() if isinstance(stored_rows, Tensor) else 0,
+        0 if codes is None else codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
         out.data_ptr(),
         _DTYPES[q.dtype],
         rows.start.data_ptr(),
@@ -229,7 +229,7 @@ def attend(
         start.data_ptr(),
         context.data_ptr(),
         0 if table is None else table.data_ptr(),
-        0 if first is None else first.data_ptr(),
+        0 if table is None or past is None else past.first.data_ptr(),
         context.shape[0],
         q.shape[1],
         step.shape[1],
@@ -239,6 +239,14 @@ def attend(
         value_offset,
         window or 0,
         0 if table is None else table.shape[1],
-        stored_rows.shape[1] if stored_rows is not None else 0,
+        0 if codes is None else codes.shape[1],
+        split,
     )
     return out
+
+
+def _stored(pages: Pages | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Rows, their scales if they are kept in 8 bits, and where the second scale begins."""
+    if isinstance(pages, ScaledPages):
+        return pages.codes, pages.scales, pages.split
+    return pages, None, 0

@@ -144,21 +144,34 @@ struct Attention {
         int32_t request, kv_head, first, count, low, high;  // query rows (tokens), keys [low, high)
     };
 
+    struct Buffers {
+        uint32_t *queries, *keys, *values, *weights;
+        float* scores;
+        State chunk;
+        T* rows;  // of 8-bit pages, widened
+    };
+
     explicit Attention(const Attend& op)
         : op(op), group(op.heads / op.kv_heads), lanes((op.head + LANES - 1) / LANES * LANES), inner(pairs ? lanes / 2 : lanes) {}
 
-    const T* key_row(const Unit& u, long position) const {
+    // The row of a token, where it lies or widened into `space`.
+    const T* key_row(const Unit& u, long position, T* space) const {
         const long begin = op.context[u.request];
-        long row;
-        const T* from = static_cast<const T*>(op.step);
         if (position >= begin) {
-            row = op.start[u.request] + position - begin;
-        } else {
-            const long past = position - op.first[u.request];
-            row = op.table[u.request * op.table_width + past / op.slots] * op.slots + past % op.slots;
-            from = static_cast<const T*>(op.pages);
+            const long row = op.start[u.request] + position - begin;
+            return static_cast<const T*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width;
         }
-        return from + (row * op.kv_heads + u.kv_head) * op.width;
+        const long past = position - op.first[u.request];
+        const long slot = op.table[u.request * op.table_width + past / op.slots] * op.slots + past % op.slots;
+        const long row = slot * op.kv_heads + u.kv_head;
+        if (!op.scales) return static_cast<const T*>(op.pages) + row * op.width;
+        const auto* codes = static_cast<const int8_t*>(op.pages) + row * op.width;
+        for (long part = 0; part < 2; ++part)
+            for (long i = part * op.split; i < (part ? op.width : op.split); i += LANES) {
+                const long left = (part ? op.width : op.split) - i;
+                put(space + i, get(codes + i, left) * op.scales[row * 2 + part], left);
+            }
+        return space;
     }
 
     long last_key(long row) const { return op.window ? op.see_until[row] : op.position[row]; }
@@ -179,18 +192,19 @@ struct Attention {
     }
 
     // Keys [from, from + 64) transposed to [inner, KEYS], values as [KEYS (/ 2), lanes]; zero where nobody looks.
-    void gather_keys(const Unit& u, long from, uint32_t* keys, uint32_t* values) const {
+    void gather_keys(const Unit& u, long from, const Buffers& b) const {
         const T* row[KEYS];
-        for (long j = 0; j < KEYS; ++j) row[j] = from + j >= u.low && from + j < u.high ? key_row(u, from + j) : nullptr;
+        for (long j = 0; j < KEYS; ++j)
+            row[j] = from + j >= u.low && from + j < u.high ? key_row(u, from + j, b.rows + j * op.width) : nullptr;
         for (long j = 0; j < KEYS; j += LANES)
             for (long i = 0; i < inner; i += LANES) {
                 U16 block[LANES];
                 for (long lane = 0; lane < LANES; ++lane) block[lane] = row[j + lane] ? key_words(row[j + lane], i) : U16::of(0);
-                transpose(block, keys + i * KEYS + j, KEYS);
+                transpose(block, b.keys + i * KEYS + j, KEYS);
             }
         for (long j = 0; j < KEYS; j += pairs ? 2 : 1)
             for (long i = 0; i < lanes; i += LANES)
-                store(values + (pairs ? j / 2 : j) * lanes + i, value_words(row[j], pairs ? row[j + 1] : nullptr, i));
+                store(b.values + (pairs ? j / 2 : j) * lanes + i, value_words(row[j], pairs ? row[j + 1] : nullptr, i));
     }
 
     U16 key_words(const T* row, long word) const {
@@ -243,15 +257,9 @@ struct Attention {
         s.top[r] = now;
     }
 
-    struct Buffers {
-        uint32_t *queries, *keys, *values, *weights;
-        float* scores;
-        State chunk;
-    };
-
     Buffers buffers() const {
         const long rows = rows_at_once();
-        const size_t words = rows * inner + 2 * KEYS * lanes + 2 * rows * KEYS + State::floats(rows, lanes);
+        const size_t words = rows * inner + 2 * KEYS * lanes + 2 * rows * KEYS + State::floats(rows, lanes) + (op.scales ? KEYS * op.width : 0);
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         Buffers b;
         b.queries = at, at += rows * inner;
@@ -259,7 +267,8 @@ struct Attention {
         b.values = at, at += KEYS * lanes;
         b.weights = at, at += rows * KEYS;
         b.scores = reinterpret_cast<float*>(at), at += rows * KEYS;
-        b.chunk = State::in(reinterpret_cast<float*>(at), rows, lanes);
+        b.chunk = State::in(reinterpret_cast<float*>(at), rows, lanes), at += State::floats(rows, lanes);
+        b.rows = reinterpret_cast<T*>(at);
         return b;
     }
 
@@ -271,7 +280,7 @@ struct Attention {
         const long rows = u.count * group, weights_width = pairs ? KEYS / 2 : KEYS;
         b.chunk.clear(rows, lanes);
         for (long from = most(chunk * CHUNK, u.low / KEYS * KEYS); from < least((chunk + 1) * CHUNK, u.high); from += KEYS) {
-            gather_keys(u, from, b.keys, b.values);
+            gather_keys(u, from, b);
             multiply<pairs>(rows, KEYS, b.queries, inner, b.keys, KEYS, inner, b.scores, KEYS, false);
             for (long r = 0; r < rows; ++r) {
                 const long row = u.first + r / group, low = most(first_key(row), u.low), high = last_key(row);

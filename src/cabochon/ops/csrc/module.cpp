@@ -124,12 +124,13 @@ void store(Address pages, Address rows, Address slots, long tokens, long bytes) 
 
 const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
 
-void attend(Address q, Address step, Address pages, Address out, int dtype, Address row_start, Address position, Address see_until,
+void attend(Address q, Address step, Address pages, Address scales, Address out, int dtype, Address row_start, Address position, Address see_until,
             Address start, Address context, Address table, Address first, long requests, long heads, long kv_heads, long head,
-            long width, long key_offset, long value_offset, long window, long table_width, long slots) {
+            long width, long key_offset, long value_offset, long window, long table_width, long slots, long split) {
     const Attend op{reinterpret_cast<const void*>(q),
                     reinterpret_cast<const void*>(step),
                     reinterpret_cast<const void*>(pages),
+                    reinterpret_cast<const float*>(scales),
                     reinterpret_cast<void*>(out),
                     Dtype(dtype),
                     ints(row_start),
@@ -148,7 +149,8 @@ void attend(Address q, Address step, Address pages, Address out, int dtype, Addr
                     value_offset,
                     window,
                     table_width,
-                    slots};
+                    slots,
+                    split};
     call(active->attend, op, 1e9);
 }
 

@@ -74,14 +74,15 @@ struct Store {
 struct Attend {
     const void* q;      // [Q, N, H]
     const void* step;   // [T, K, W]
-    const void* pages;  // [pages, S, K, W] or null
+    const void* pages;    // [pages, S, K, W] or null; int8 where there are scales
+    const float* scales;  // [pages, S, K, 2] or null: of a row's first `split` numbers, and of the others
     void* out;          // [Q, N, H]
     Dtype dtype;
     const int32_t *row_start, *position, *see_until, *start, *context;
     const int32_t *table, *first;  // null without past
     long requests, heads, kv_heads, head, width, key_offset, value_offset;
     long window;  // 0: none
-    long table_width, slots;
+    long table_width, slots, split;
 };
 
 struct AttendAll {

@@ -100,7 +100,7 @@ INLINE To as(From from) {
 }
 
 template <class V>
-INLINE V load(const void* from) {
+inline __attribute__((always_inline)) V load(const void* from) {
     V v;
     memcpy(&v, from, sizeof v);
     return v;
@@ -108,6 +108,29 @@ INLINE V load(const void* from) {
 template <class V>
 INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof v);
+}
+// Part by part: a copy of the whole would go through the stack.
+template <class E>
+INLINE void store(void* to, Lanes<E> v) {
+    EACH(i) memcpy(static_cast<char*>(to) + i * REGISTER, &v.part[i], REGISTER);
+}
+template <class E>
+INLINE Lanes<E> load_lanes(const void* from) {
+    Lanes<E> v;
+    EACH(i) memcpy(&v.part[i], static_cast<const char*>(from) + i * REGISTER, REGISTER);
+    return v;
+}
+template <>
+inline __attribute__((always_inline)) F16 load<F16>(const void* from) {
+    return load_lanes<float>(from);
+}
+template <>
+inline __attribute__((always_inline)) I16 load<I16>(const void* from) {
+    return load_lanes<int32_t>(from);
+}
+template <>
+inline __attribute__((always_inline)) U16 load<U16>(const void* from) {
+    return load_lanes<uint32_t>(from);
 }
 
 INLINE F16 splat(float v) { return F16::of(v); }
@@ -223,6 +246,7 @@ INLINE U16 narrow(F16 v) {  // to nearest even; what is not a number stays so
 
 INLINE F16 get(const float* from) { return load<F16>(from); }
 INLINE F16 get(const Bf16* from) { return widen(get_shorts(from)); }
+INLINE F16 get(const int8_t* from) { return to_float(get_bytes(from)); }
 INLINE void put(float* to, F16 v) { store(to, v); }
 INLINE void put(Bf16* to, F16 v) { put_shorts(to, narrow(v)); }
 
