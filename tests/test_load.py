@@ -240,7 +240,7 @@ def test_random_models_keep_whole_patterns(name, layers, sharing):
     [
         ("random:E9B", UnknownModelError, "no model 'E9B'; did you mean"),
         ("random:E2B?layers=11", InputError, "take one of 5, 10, 15, 20, 25, 30, 35"),
-        ("random:E2B?seed=x", InputError, "seed=x; it must be a whole number"),
+        ("random:E2B?seed=x", InputError, "seed='x'; it must be a whole number"),
         ("random:E2B?color=red", InputError, "unknown option color; known are layers=N"),
         ("random:E2B?media=yes", InputError, "the only choice is media=no"),
     ],

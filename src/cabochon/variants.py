@@ -220,7 +220,7 @@ def find(name: str) -> Variant:
     if variant is None:
         near = suggest(name)
         hint = f"did you mean {near}?" if near else f"known sizes are {', '.join(size.name for size in SIZES)}"
-        raise UnknownModelError(f"there is no model '{name}'; {hint}")
+        raise UnknownModelError(f"there is no model {name!r}; {hint}")
     return variant
 
 

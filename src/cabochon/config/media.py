@@ -33,7 +33,7 @@ def read_vision(section: Section) -> VisionConfig | UnifiedVisionConfig | None:
     part = section.child("vision_config")
     kind = part.text("model_type")
     if kind not in ("gemma4_vision", "gemma4_unified_vision"):
-        raise part.error("model_type", f"is '{kind}'; known are gemma4_vision and gemma4_unified_vision")
+        raise part.error("model_type", f"is {kind!r}; known are gemma4_vision and gemma4_unified_vision")
     read_dtype(part)
     return _vision_transformer(part, repeated) if kind == "gemma4_vision" else _vision_unified(part)
 
@@ -90,7 +90,7 @@ def read_audio(section: Section) -> AudioConfig | UnifiedAudioConfig | None:
     part = section.child("audio_config")
     kind = part.text("model_type")
     if kind not in ("gemma4_audio", "gemma4_unified_audio"):
-        raise part.error("model_type", f"is '{kind}'; known are gemma4_audio and gemma4_unified_audio")
+        raise part.error("model_type", f"is {kind!r}; known are gemma4_audio and gemma4_unified_audio")
     read_dtype(part)
     if kind == "gemma4_audio":
         return _audio_conformer(part)

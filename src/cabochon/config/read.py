@@ -113,7 +113,7 @@ def _refusal(name: str) -> str:
             f"model_type '{name}' writes text by block diffusion, which is not supported; take an autoregressive "
             "checkpoint of the same size, for example google/gemma-4-26B-A4B-it"
         )
-    return f"model_type '{name}' is not of this family; known are {known}"
+    return f"model_type {name!r} is not of this family; known are {known}"
 
 
 def _flat(section: Section, raw: Mapping[str, Any]) -> ModelConfig:
@@ -155,7 +155,7 @@ def _text(section: Section, *, drafter: bool = False) -> TextConfig:
     section.must("tie_word_embeddings", True)
     spans = section.text("use_bidirectional_attention", "")
     if spans not in ("", "vision"):
-        raise section.error("use_bidirectional_attention", f"is '{spans}'; a text generator has 'vision' or null here")
+        raise section.error("use_bidirectional_attention", f"is {spans!r}; a text generator has 'vision' or null here")
     ple_width = section.count("hidden_size_per_layer_input", 0, least=0)
     ple_vocab = section.count("vocab_size_per_layer_input", 0, least=0)
     if ple_width and not ple_vocab:

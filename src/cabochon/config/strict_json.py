@@ -29,7 +29,8 @@ class Section:
         self.known: set[str] = set()
 
     def name(self, key: str) -> str:
-        return f"{self.where}.{key}" if self.where else key
+        shown = key if key.isprintable() else repr(key)
+        return f"{self.where}.{shown}" if self.where else shown
 
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.file}: {self.name(key)} {problem}")

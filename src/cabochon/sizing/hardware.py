@@ -102,7 +102,7 @@ def find(name: str) -> Hardware:
     near = difflib.get_close_matches(wanted, by_name, 1, cutoff=0.75)
     known = ", ".join(device.name for device in HARDWARE)
     hint = f"did you mean {by_name[near[0]].name}?" if near else f"known are {known}"
-    raise InputError(f"there is no data for the device '{name}'; {hint} Or give its memory: --memory 24GiB")
+    raise InputError(f"there is no data for the device {name!r}; {hint} Or give its memory: --memory 24GiB")
 
 
 def _plain(name: str) -> str:

@@ -119,14 +119,14 @@ def open_random(model: str) -> tuple[ModelConfig, RandomSource]:
     name, _, query = model.removeprefix(PREFIX).partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := set(options) - {"layers", "seed", "media"}:
-        raise InputError(f"'{model}': unknown option {sorted(unknown)[0]}; known are layers=N, seed=N and media=no")
+        raise InputError(f"{model!r}: unknown option {sorted(unknown)[0]}; known are layers=N, seed=N and media=no")
     raw = variants.find(name).config()
     if "layers" in options:
         raw["text_config"] = cut_layers(raw["text_config"], _number(model, "layers", options["layers"]))
     if options.get("media") == "no":
         raw |= {"vision_config": None, "audio_config": None}
     elif "media" in options:
-        raise InputError(f"'{model}': media={options['media']}; the only choice is media=no")
+        raise InputError(f"{model!r}: media={options['media']!r}; the only choice is media=no")
     config = read_config(raw)
     return config, RandomSource(config, _number(model, "seed", options.get("seed", "0")))
 
@@ -146,5 +146,5 @@ def cut_layers(text: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def _number(model: str, key: str, value: str) -> int:
     if not value.isdecimal():
-        raise InputError(f"'{model}': {key}={value}; it must be a whole number")
+        raise InputError(f"{model!r}: {key}={value!r}; it must be a whole number")
     return int(value)
