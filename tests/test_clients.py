@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -170,6 +172,14 @@ def test_openai_errors(base: str, client: openai.OpenAI) -> None:
     with openai.OpenAI(base_url=f"{base}/v1", api_key="guess") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     assert MODEL in [model.id for model in client.models.list()]
+
+
+def test_the_documented_example_runs(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "server.md").read_text()
+    (example,) = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    example = example.replace("http://127.0.0.1:8000", base).replace('api_key="none"', 'api_key="secret"')
+    exec(compile(example, "server.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.strip()
 
 
 # anthropic ----------------------------------------------------------------------------------------------------------

@@ -116,9 +116,8 @@ export class ReplyView {
 
   speed() {
     if (!this.usage) return "";
-    const seconds = (performance.now() - this.firstAt) / 1000;
+    const seconds = (performance.now() - this.began) / 1000;
     const tokens = this.usage.completion_tokens;
-    const rate = tokens > 1 ? `${((tokens - 1) / Math.max(seconds, 1e-3)).toFixed(1)} tokens/s, ` : "";
-    return `${rate}${tokens} tokens, first after ${((this.firstAt - this.began) / 1000).toFixed(2)} s`;
+    return `${(tokens / seconds).toFixed(1)} tokens/s, ${tokens} tokens, first after ${((this.firstAt - this.began) / 1000).toFixed(2)} s`;
   }
 }
