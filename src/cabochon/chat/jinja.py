@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import CheckpointError, RequestError
 from .callsyntax import Writer
 from .messages import Conversation, Media, Message, ParserState, Prompt, Tool, read_messages, read_tools
-from .template import ChatTemplate, Family, Template
+from .template import ChatTemplate, Family, Template, settle_thinking
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -140,12 +140,12 @@ class JinjaTemplate:
         preserve_thinking: bool = False,
     ) -> Prompt:
         """See `ChatTemplate.render`. What the template itself refuses is a `RequestError` too."""
-        read = read_messages(messages)
+        read, thinks, notices = settle_thinking(read_messages(messages), thinking)
         try:
             text = self._template.render(
                 messages=[_hidden(_as_template_dict(message)) for message in read],
                 tools=[_hidden(_as_declaration(tool)) for tool in read_tools(tools)] or None,
-                enable_thinking=bool(thinking),
+                enable_thinking=thinks,
                 preserve_thinking=preserve_thinking,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.tokenizer.control[self.tokenizer.bos],
@@ -156,7 +156,7 @@ class JinjaTemplate:
         out = Writer(self.tokenizer)
         self._write(text, out, [part for message in read for part in message.content if isinstance(part, Media)])
         boundary = out.mark()
-        return Prompt(tuple(out.ids), self._state(out.ids), (boundary,), tuple(out.slots))
+        return Prompt(tuple(out.ids), self._state(out.ids), (boundary,), tuple(out.slots), tuple(notices))
 
     def _write(self, text: str, out: Writer, media: list[Media]) -> None:
         """Control tokens that the template wrote become tokens; those of the conversation become text again."""

@@ -9,11 +9,12 @@ difference. Otherwise the ids are equal, id for id.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from ..errors import RequestError
 from .callsyntax import Writer, write_call, write_declaration, write_response
-from .messages import Conversation, Media, Message, ParserState, Prompt, Tool, read_messages, read_tools
+from .messages import Conversation, Media, Message, ParserState, Prompt, Text, Tool, read_messages, read_tools
 from .tokenizer import Tokenizer
 
 Family = Literal["small", "large"]
@@ -63,13 +64,29 @@ class Template:
         preserve_thinking: bool = False,
     ) -> Prompt:
         """See `ChatTemplate.render`."""
-        read = read_messages(messages)
-        rendering = _Rendering(self.tokenizer, read, read_tools(tools), thinking, preserve_thinking)
+        read, thinks, notices = settle_thinking(read_messages(messages), thinking)
+        rendering = _Rendering(self.tokenizer, read, read_tools(tools), thinks, preserve_thinking, notices)
         rendering.system()
         for index, message in enumerate(rendering.messages):
             if message.role != "tool":
                 rendering.turn(index, message)
         return rendering.prompt(add_generation_prompt, empty_thought=self.family == "large")
+
+
+def settle_thinking(
+    messages: tuple[Message, ...], thinking: bool | None
+) -> tuple[tuple[Message, ...], bool, list[str]]:
+    """Follow the documented switch: `<|think|>` at the head of a system prompt is taken out and turns thinking on,
+    unless the caller said otherwise. Returns the messages, whether to think, and what to tell the caller."""
+    head = messages[0] if messages and messages[0].role in ("system", "developer") else None
+    first = head.content[0] if head is not None and head.content else None
+    if head is None or not isinstance(first, Text) or not first.text.lstrip().startswith(_THINK_SWITCH):
+        return messages, bool(thinking), []
+    text = Text(first.text.lstrip().removeprefix(_THINK_SWITCH).lstrip())
+    messages = (replace(head, content=(text, *head.content[1:])), *messages[1:])
+    if thinking is not None:
+        return messages, thinking, []
+    return messages, True, [f"{_THINK_SWITCH} at the head of the system prompt switched thinking on."]
 
 
 class _Rendering:
@@ -80,18 +97,19 @@ class _Rendering:
         tokenizer: Tokenizer,
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...],
-        thinking: bool | None,
+        thinking: bool,
         preserve_thinking: bool,
+        notices: list[str],
     ) -> None:
         self.tokenizer = tokenizer
         self.out = Writer(tokenizer)
         self.tools = tools
-        self.notices: list[str] = []
+        self.thinking = thinking
+        self.preserve_thinking = preserve_thinking
+        self.notices = notices
         opens = bool(messages) and messages[0].role in ("system", "developer")
         self.opening = messages[0] if opens else None
         self.messages = messages[1:] if opens else messages
-        self.thinking = self._switch(thinking)
-        self.preserve_thinking = preserve_thinking
         self.last_user = max((i for i, m in enumerate(self.messages) if m.role == "user"), default=-1)
         self.turn_start: int | None = None
         """Tokens up to the first that the current model turn may lose when the user speaks again."""
@@ -99,13 +117,6 @@ class _Rendering:
         self.after: Literal["call", "response"] | None = None
         """What the last message ended with, as far as the generation prompt needs to know."""
         self._check_orphans()
-
-    def _switch(self, thinking: bool | None) -> bool:
-        if self.opening is None or not self.opening.text.lstrip().startswith(_THINK_SWITCH):
-            return bool(thinking)
-        if thinking is None:
-            self.notices.append(f"{_THINK_SWITCH} at the head of the system prompt switched thinking on.")
-        return thinking is not False
 
     def _check_orphans(self) -> None:
         """Tool messages that answer no call aren't shown to the model (so the published template has it)."""
@@ -142,8 +153,6 @@ class _Rendering:
                 f"The {message.role} prompt holds media, but only text is allowed there.", "messages[0].content"
             )
         texts = [part.text.strip() for part in message.content if not isinstance(part, Media)]
-        if texts:
-            texts[0] = texts[0].removeprefix(_THINK_SWITCH).lstrip()
         return texts[0] if len(texts) == 1 else "".join(text + " " for text in texts)
 
     # The other turns ------------------------------------------------------------------------------------------------
