@@ -185,6 +185,17 @@ def test_two_way_spans_are_the_large_models():
 
 
 @needs_facts
+def test_text_before_a_picture_is_kept_and_noticed():
+    def notices(*parts: dict) -> tuple[str, ...]:
+        return senses().expand(Template(tokenizer()).render([{"role": "user", "content": list(parts)}]))[0].notices
+
+    text, picture = {"type": "text", "text": "What?"}, {"type": "image", "image": png(48, 48)}
+    voice = {"type": "audio", "audio": sound(8000)}
+    assert notices(picture, text) == notices(picture, picture, text) == notices(text, voice) == ()
+    assert len(notices(text, picture)) == len(notices(picture, text, picture, picture)) == 1
+
+
+@needs_facts
 def test_keys_tell_content_and_budget_apart():
     def key(data: bytes, **options: object) -> bytes:
         (piece,) = senses().perceive(Media("image", data, options), {})

@@ -29,6 +29,7 @@ OPTIONS = {
     "audio": {"split"},
 }
 """What a content part of each kind may ask for; `format` and `mime_type` are passed over, files tell it themselves."""
+TEXT_FIRST = "An image or video follows text in a message; the models were trained with media first. The order is kept."
 PASSED_OVER = {"format", "mime_type", "media_type"}
 
 
@@ -66,8 +67,9 @@ class Senses:
     def expand(self, prompt: Prompt, defaults: Mapping[str, Any] | None = None) -> tuple[Prompt, tuple[SoftSpan, ...]]:
         """The prompt with every placeholder grown to its full length, and the spans of its soft tokens.
 
-        `defaults` are options for parts that don't say themselves (vLLM's `mm_processor_kwargs`); a budget among them is
-        meant for images, the frames of a video keep theirs. Boundaries and slots move along. Raises `MediaError` naming the part for anything that can't be used.
+        `defaults` are options for parts that don't say themselves (vLLM's `mm_processor_kwargs`); a budget among them
+        is meant for images, the frames of a video keep theirs. Boundaries and slots move along. Raises `MediaError`
+        naming the part for anything that can't be used.
         """
         ids: list[int] = []
         spans: list[SoftSpan] = []
@@ -95,9 +97,22 @@ class Senses:
             token_ids=tuple(ids),
             boundaries=tuple(map(moved, prompt.boundaries)),
             media=tuple(slots),
+            notices=(*prompt.notices, *([TEXT_FIRST] if self._text_comes_first(prompt) else ())),
             written=tuple((moved(start), moved(end)) for start, end in prompt.written),
         )
         return expanded, tuple(spans)
+
+    def _text_comes_first(self, prompt: Prompt) -> bool:
+        """Does a user's turn show a picture or video after text? (Sound comes after it in the published prompts.)"""
+        opening = [self.tokenizer.turn_open, *self.tokenizer.encode("user\n")]
+        placeholders = {slot.start for slot in prompt.media}
+        for slot in prompt.media:
+            before = [i for i in range(slot.start) if i not in placeholders]
+            begin = next((at for at in reversed(before) if prompt.token_ids[at] == self.tokenizer.turn_open), 0)
+            turn = [prompt.token_ids[at] for at in before if at >= begin]
+            if slot.media.kind != "audio" and turn[: len(opening)] == opening and len(turn) > len(opening):
+                return True
+        return False
 
     def _write(self, piece: Piece, place: int, ids: list[int], spans: list[SoftSpan]) -> None:
         """Append a piece's tokens to `ids`; video frames are separated by one space."""
