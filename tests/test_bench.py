@@ -45,3 +45,12 @@ def test_an_unknown_baseline_is_refused():
 def test_percentiles():
     assert [_percentile([3.0, 1.0, 2.0, 4.0], q) for q in (0, 50, 99)] == [1.0, 3.0, 4.0]
     assert _percentile([], 50) == 0.0
+
+
+def test_the_cpu_beside_its_prediction():
+    words = ["--model", "random:E2B?layers=5&media=no", "--formats", "int8", "--prefill", "16", "--batches", "1"]
+    result = bench("cpu", *words, "--contexts", "40", "--repeats", "1")
+    assert [row["what"] for row in result["rows"]] == ["prefill 16", "decode 1 at 40"]
+    for row in result["rows"]:
+        assert row["reached"] == pytest.approx(row["tokens_per_second"] / row["predicted"])
+        assert 0 < row["reached"] < 2

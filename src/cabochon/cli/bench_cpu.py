@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from ..sizing import Workload, hardware
+from ..sizing.speed import prefill_seconds, step_seconds
 
 if TYPE_CHECKING:
     from ..model.batch import Batch
@@ -32,40 +36,38 @@ def cpu(
     isa: Annotated[str, typer.Option(help="Pretend that this is the best instruction set.")] = "",
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 3,
 ) -> None:
-    """Tokens per second of prefill and decode, and the part of the memory floor that decode reaches."""
+    """Tokens per second of prefill and decode, beside what the planner predicts from this machine's measured rates."""
     import torch
 
     from ..ops import cpu as kernels
     from ..weights.random import open_random
-    from .bench_shapes import decode_batch, past_bytes, prefill_batch, random_codes, weight_bytes
+    from .bench_shapes import decode_batch, prefill_batch, random_codes
     from .measure import measure
 
     if isa:
         kernels.use(isa)
     config, _ = open_random(model)
     limits = measure()
+    machine = hardware.as_hardware(limits)
     rows = []
     for format in formats.split(","):
         network = random_codes(config, format)
-        weights = weight_bytes(network)
+        work = Workload(quantization=None if format == "bfloat16" else format)
         for length in _numbers(prefill):
             seconds = _median(network, prefill_batch(network, length), repeats)
-            rows.append(_row(format, f"prefill {length}", length / seconds, None))
+            predicted = prefill_seconds(config, work, machine, 1, length)
+            rows.append(_row(format, f"prefill {length}", length / seconds, length / predicted))
         for context in _numbers(contexts):
             for requests in _numbers(batches):
-                batch = decode_batch(network, requests, context)
-                moved = weights + past_bytes(network, requests, context)
-                seconds = _median(network, batch, repeats)
-                name = f"decode {requests} at {context}"
-                rows.append(
-                    _row(format, name, requests / seconds, moved / limits.bandwidth / seconds) | {"bytes": moved}
-                )
+                seconds = _median(network, decode_batch(network, requests, context), repeats)
+                predicted = step_seconds(config, replace(work, context=context), machine, requests, 1)
+                rows.append(_row(format, f"decode {requests} at {context}", requests / seconds, requests / predicted))
         del network
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    table = Table("format", "what", "tokens/s", "of the floor", title=f"{model}, {kernels.active()}")
+    table = Table("format", "what", "tokens/s", "predicted", "reached", title=f"{model}, {kernels.active()}")
     for row in rows:
-        floor = "" if row["floor"] is None else f"{row['floor']:.0%}"
-        table.add_row(row["format"], row["what"], f"{row['tokens_per_second']:.1f}", floor)
+        rates = (f"{row[key]:.1f}" for key in ("tokens_per_second", "predicted"))
+        table.add_row(row["format"], row["what"], *rates, f"{row['reached']:.0%}")
     Console().print(table)
     speeds = f"memory {limits.bandwidth / 1e9:.1f} GB/s, int8 {limits.int8 / 1e9:.0f} GOP/s"
     print(f"{speeds}, {torch.get_num_threads()} threads")
@@ -73,8 +75,9 @@ def cpu(
     print(json.dumps(result | {"peak_rss": peak, "rows": rows}))
 
 
-def _row(format: str, what: str, rate: float, floor: float | None) -> dict[str, Any]:
-    return {"format": format, "what": what, "tokens_per_second": rate, "floor": floor}
+def _row(format: str, what: str, rate: float, predicted: float) -> dict[str, Any]:
+    reached = rate / predicted
+    return {"format": format, "what": what, "tokens_per_second": rate, "predicted": predicted, "reached": reached}
 
 
 def _numbers(text: str) -> list[int]:
