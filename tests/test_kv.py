@@ -65,7 +65,7 @@ def test_a_window_needs_no_second_set_of_pages():
     assert request_pages(group, 262_144, 32) == 1024 // 32 + 1
     assert request_pages(group, 262_144, 32, unverified=8) == 1024 // 32 + 2
     assert request_pages(group, 100, 32) == 4
-    assert request_pages(group, 262_144, 1) == 1024
+    assert request_pages(group, 262_144, 1) == 1024 + 1
 
 
 def test_memory_that_is_short_is_shared_and_too_little_refused():

@@ -107,27 +107,28 @@ class KVCache:
                     break
                 chain.append(name)
             for k in range(len(chain) - 1, -1, -1):
-                found = self.snapshots.find(chain[k], content[k * size : (k + 1) * size], limit)
+                found = self.snapshots.find(chain[k], content[k * size : (k + 1) * size], limit + 1)
                 if found is not None:
                     break
         known = chain[1:]
         holding = Holding(self._rows.pop(), known, salt, [self.full.page_of[name] for name in known])
         holding.shared = len(known) * size
         self.full.share(holding.pages)
-        if found is not None and not self._resume(holding, found):
+        # A snapshot right at the end of the same text serves as well: windows are kept one token longer than need be.
+        computed = 0 if found is None else min(found.position, limit)
+        if found is not None and not self._resume(holding, found, computed):
             self.close(holding)
             return None
         self.tables.shared[holding.row] = holding.shared
         self._write_row(holding)
-        return holding, 0 if found is None else found.position
+        return holding, computed
 
-    def _resume(self, holding: Holding, snapshot: Snapshot) -> bool:
-        """Take over a snapshot's window; its partly filled last pages are copied, as others write on in them."""
-        position = snapshot.position
-        beyond = [] if snapshot.tail is None or position <= holding.shared else [snapshot.tail]
+    def _resume(self, holding: Holding, snapshot: Snapshot, computed: int) -> bool:
+        """Take over a snapshot's window; last pages that are not full are copied, as others write on in them."""
+        beyond = [] if snapshot.tail is None or snapshot.position <= holding.shared else [snapshot.tail]
         holding.window, holding.window_first = list(snapshot.window), snapshot.window_first
         self.sliding.share(snapshot.window)
-        if position % self.page_size == 0:
+        if computed % self.page_size == 0 and not beyond:
             return True
         self.full.share(beyond)
         room = self._settled(self.sliding, self.snapshots.drop_oldest) and (
@@ -177,7 +178,7 @@ class KVCache:
         if not self.room(need):
             return False
         old_first, old = holding.window_first, holding.window
-        first = max(0, end - unverified - self.window + 1) // size
+        first = max(0, end - unverified - self.window) // size
         # A window page that another step has dropped stays dropped: `first` never moves back.
         first = max(first, old_first)
         dropped = old[: first - old_first]

@@ -98,12 +98,13 @@ def token_bytes(group: KVGroup, value_bytes: int) -> int:
 def request_pages(group: KVGroup, tokens: int, page_size: int, unverified: int = 0) -> int:
     """Most pages that one request of up to `tokens` tokens holds at a time.
 
-    A window of w tokens (the last w - 1 and the next, plus drafts that may be taken back) can begin anywhere in a page.
+    The last w tokens of a window of w (one more than the next token sees, plus drafts that may be taken back) can begin
+    anywhere in a page.
     """
     whole = -(-tokens // page_size)
     if group.window is None:
         return whole
-    return min(whole, (group.window + unverified + page_size - 2) // page_size + 1)
+    return min(whole, (group.window + unverified + page_size - 1) // page_size + 1)
 
 
 def bytes_read(layers: Sequence[LayerSpec], context: int, value_bytes: Mapping[Kind, int]) -> int:

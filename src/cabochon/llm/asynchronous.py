@@ -122,9 +122,12 @@ class AsyncLLM:
             async for _ in self._serve(ask):
                 pass
 
-        async with asyncio.TaskGroup() as group:
-            for ask in asks:
-                group.create_task(finish(ask))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for ask in asks:
+                    group.create_task(finish(ask))
+        except BaseExceptionGroup as failed:  # the first failure ends them all and speaks for them
+            raise failed.exceptions[0] from None
         return [reply.completion() for ask in asks for reply in ask.replies]  # type: ignore[union-attr]
 
     async def generate_stream(
