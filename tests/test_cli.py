@@ -167,11 +167,18 @@ def test_a_template_of_ones_own(cabochon, tmp_path):
 
 def test_a_terminal(checkpoint, tmp_path):
     """A chat in a pseudo-terminal: prompt, colour for what isn't the answer, history, /quit."""
-    child, screen = pty.fork()
-    if child == 0:
-        os.environ |= {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-        program = "from cabochon.cli import main; main()"
-        os.execv(sys.executable, [sys.executable, "-c", program, "chat", str(checkpoint), "--max-tokens", "3"])
+    screen, inside = pty.openpty()
+    # Its own session with this terminal, so that Ctrl-C arrives as a signal.
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from cabochon.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, "chat", str(checkpoint), "--max-tokens", "3"],
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1"},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )
+    os.close(inside)
     terminal = Terminal(screen)
     assert b"/help lists the commands." in terminal.until(b"> ")
     terminal.type(b"/nonsense\n")
@@ -181,7 +188,7 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.type(b"Hello\n")
     terminal.until(b"> ")
     terminal.type(b"/quit\n")
-    assert os.waitpid(child, 0)[1] == 0
+    assert child.wait(30) == 0
     os.close(screen)
     assert (tmp_path / "cabochon" / "history").read_text().split() == ["/nonsense", "Hello", "/quit"]
 
