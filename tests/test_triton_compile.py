@@ -45,5 +45,5 @@ def test_every_line_of_the_table(arch):
     attention = [("attention", arch, *kind) for kind in kinds]
     matmul = [("matmul", arch, format) for format in FORMATS]
     experts = [("experts", arch, pairs, format) for pairs in (8, 100_000) for format in FORMATS]
-    rest = [("join", arch, 256), ("join", arch, 512), ("store", arch, True), ("store", arch, False)]
+    rest = [("join", arch, 256), ("join", arch, 512), ("store", arch, True), ("store", arch, False), ("route", arch)]
     check([*attention, *matmul, *experts, *rest])

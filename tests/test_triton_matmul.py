@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cabochon.ops import reference
+from cabochon.ops import gpu, reference
 from cabochon.quant import QuantTensor, quantize
 from support.triton_twins import DEVICE, TOLERANCE, distance, twin
 
@@ -82,6 +82,27 @@ def test_experts(tokens, format):
     wanted = reference.experts(x, chosen, weights, gate_up, down)
     got = triton_experts.experts(*(to_device(value) for value in (x, chosen, weights, gate_up, down)))
     assert distance(got.cpu(), wanted) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "top"), [(128, 8), (6, 3)])
+def test_route(count, top, dtype):
+    x, proj, scale, gains = torch.randn(7, 64), torch.randn(count, 64), torch.rand(64) + 0.5, torch.rand(count) + 0.5
+    x, proj, scale, gains = (value.to(dtype) for value in (x, proj, scale, gains))
+    chosen, weights = gpu.route(*(value.to(DEVICE) for value in (x, proj, scale, gains)), top, 1e-6)
+    wanted, its_weights = reference.route(*(value.double() for value in (x, proj, scale, gains)), top, 1e-6)
+    if dtype == torch.float32:
+        assert torch.equal(chosen.cpu(), wanted)
+        assert distance(weights.cpu(), its_weights) < 1e-5
+    else:  # near the edge another expert may be as good
+        assert (chosen.cpu() == wanted).double().mean() > 0.8
+        assert distance(weights.cpu().sum(-1), its_weights.sum(-1)) < 0.05
+
+
+def test_gate():
+    a, b = torch.randn(3, 700) * 5, torch.randn(3, 700)
+    wanted = torch.nn.functional.gelu(a, approximate="tanh") * b
+    assert distance(twin("triton_rows").gate(a.to(DEVICE), b.to(DEVICE)).cpu(), wanted) < 1e-6
 
 
 def test_blocks_hold_every_pair_once_and_one_expert_each():

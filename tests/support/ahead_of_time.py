@@ -82,20 +82,34 @@ def matmul(arch: int, format: str):
 
 
 def experts(arch: int, pairs: int, format: str):
-    from cabochon.ops.triton_experts import _inner
+    from cabochon.ops.triton_experts import LONE, _inner
     from cabochon.ops.triton_matmul import FORMATS
     from cabochon.ops.triton_tiles import experts_tile
 
     codes, scales = {"plain": ("*bf16", "*bf16"), "int8": ("*i8", "*fp32"), "int4": ("*u8", "*fp16")}[format]
     arguments = {"x_ptr": "*bf16", "w_ptr": codes, "scale_ptr": scales, "y_ptr": "*bf16"}
     arguments |= {"pair_ptr": "*i64", "expert_ptr": "*i64"}
-    constants = {"CHOICES": 8, "COUNT": 128, "I": 2816, "O": 704, "FORMAT": FORMATS.get(format, 0)}
+    constants = {
+        "CHOICES": 8,
+        "COUNT": 128,
+        "I": 2816,
+        "O": 704,
+        "FORMAT": FORMATS.get(format, 0),
+        "LONE": pairs <= LONE,
+    }
     return tiled(_inner, arguments, constants, experts_tile(arch, pairs, 128), arch)
 
 
 def tiled(kernel, arguments, constants, tile, arch: int):
     constants = constants | {"BR": tile.rows, "BO": tile.outputs, "BI": tile.inputs}
     return compiled(kernel, arguments, constants, arch, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def route(arch: int):
+    from cabochon.ops.triton_experts import _route
+
+    arguments = {"scores_ptr": "*bf16", "gain_ptr": "*bf16", "chosen_ptr": "*i64", "weight_ptr": "*bf16"}
+    return compiled(_route, arguments, {"E": 128, "TOP": 8, "B": 128, "BT": 8}, arch, num_warps=1)
 
 
 def store(arch: int, float8: bool):

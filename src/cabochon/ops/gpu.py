@@ -15,20 +15,17 @@ from functools import cache
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
 from ..quant import QuantTensor
 from . import reference
-from .reference import Weight, route
+from .reference import Weight
 from .views import Pages, Past, Rows
 
 FEW = 64
 """Rows up to which quantised weights are multiplied as they are; for more they are widened for the call."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-__all__ = ["attend", "embed", "experts", "gated_mlp", "head", "linear", "rms_norm", "rope", "route", "store"]
-
 _invariant = os.environ.get("CABOCHON_INVARIANT") == "1"
 
 
@@ -68,7 +65,7 @@ def _ours(x: Tensor, weight: Weight) -> bool:
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     if not _ours(x, gate) or _kind(gate) != _kind(up):
-        return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+        return linear(kernels()[3].gate(linear(x, gate), linear(x, up)), down)
     return linear(kernels()[2].gated(x, gate, up), down)
 
 
@@ -90,6 +87,14 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
         raise InputError("the embedding table lies in host memory that the GPU can't read; pin it or move it there")
     y: Tensor = kernels()[3].embed(ids, table, scale)
     return y
+
+
+def route(
+    x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    normed = kernels()[3].rms_norm(x, scale, eps, gain=x.shape[-1] ** -0.5)
+    chosen, weights = kernels()[1].route(linear(normed, proj), per_expert_scale, top_k)
+    return chosen, weights
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Weight, rounded
-from .triton_matmul import parts
+from .triton_matmul import _gelu, parts
 from .views import Pages, ScaledPages
 
 ROUND = tl.constexpr(12582912.0)
@@ -17,14 +17,23 @@ ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def _norm(
-    x_ptr, weight_ptr, y_ptr, rows, eps, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, BR: tl.constexpr, B: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    rows,
+    eps,
+    gain,
+    WIDTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BR: tl.constexpr,
+    B: tl.constexpr,
 ):
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     i = tl.arange(0, B)[None, :]
     at = r.to(tl.int64)[:, None] * WIDTH + i
     inside = (r < rows)[:, None] & (i < WIDTH)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
+    y = x * (gain * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps))[:, None]
     if WEIGHT:
         y *= tl.load(weight_ptr + i, mask=i < WIDTH, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -54,6 +63,16 @@ def _rope(
     kind = y_ptr.dtype.element_ty
     tl.store(y_ptr + line * (2 * HALF) + i, (a * cos - b * sin).to(kind), mask=inside)
     tl.store(y_ptr + line * (2 * HALF) + HALF + i, (b * cos + a * sin).to(kind), mask=inside)
+
+
+@triton.jit
+def _gate(a_ptr, b_ptr, y_ptr, count, B: tl.constexpr):
+    """gelu_tanh(a) * b; the first is rounded to their type, as a tensor of its own would be."""
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    kind = y_ptr.dtype.element_ty
+    a = _gelu(tl.load(a_ptr + i, mask=i < count, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    b = tl.load(b_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, (a * b).to(kind), mask=i < count)
 
 
 @triton.jit
@@ -121,15 +140,15 @@ def _store(
         tl.store(pages_ptr + target * W + i, x.to(pages_ptr.dtype.element_ty), mask=i < W)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """`reference.rms_norm` for float32, bfloat16 and float16."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0) -> Tensor:
+    """`gain * reference.rms_norm` for float32, bfloat16 and float16."""
     width = x.shape[-1]
     x = x.contiguous()
     y = torch.empty_like(x)
     rows, tile = y.numel() // width, _tile(width)
     if rows:
         _norm[(triton.cdiv(rows, tile["BR"]),)](
-            x, x if weight is None else weight, y, rows, eps, WIDTH=width, WEIGHT=weight is not None, **tile
+            x, x if weight is None else weight, y, rows, eps, gain, WIDTH=width, WEIGHT=weight is not None, **tile
         )
     return y
 
@@ -145,6 +164,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             x, cos.contiguous(), sin.contiguous(), y, tokens * heads,
             N=heads, HALF=head // 2, TURNED=cos.shape[-1], **tile,
         )  # fmt: skip
+    return y
+
+
+def gate(a: Tensor, b: Tensor) -> Tensor:
+    """`gelu_tanh(a) * b` of two tensors of one shape and type."""
+    y = torch.empty_like(a)
+    if y.numel():
+        _gate[(triton.cdiv(y.numel(), 1024),)](a.contiguous(), b.contiguous(), y, y.numel(), B=1024, num_warps=4)
     return y
 
 
