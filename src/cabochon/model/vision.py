@@ -86,12 +86,9 @@ class MLP(nn.Module):
         self.down_proj = ClippedLinear(inner, width, clipped)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, I, W] -> [B, I, W]; without clipping in one op."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if gate.clipped:
-            out: Tensor = down(nn.functional.gelu(gate(x), approximate="tanh") * up(x))
-            return out
-        return ops.gated_mlp(x.flatten(0, 1), gate.linear.weight, up.linear.weight, down.linear.weight).view_as(x)
+        """[B, I, W] -> [B, I, W]."""
+        out: Tensor = self.down_proj(nn.functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -146,7 +143,7 @@ class VisionTower(nn.Module):
         return self._pool(hidden, rows, columns)
 
     def _pool(self, hidden: Tensor, rows: int, columns: int) -> Tensor:
-        """Mean, scale, standardisation in float32; rounded to the model's type after the mean, as the reference does."""
+        """Mean, scale, standardisation in float32; rounded to the model's type after the mean, as the reference is."""
         side = self.config.pooling_kernel_size
         wide = torch.promote_types(hidden.dtype, torch.float32)
         tiles = hidden.unflatten(1, (rows // side, side, columns // side, side))
