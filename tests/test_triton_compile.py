@@ -46,4 +46,5 @@ def test_every_line_of_the_table(arch):
     matmul = [("matmul", arch, format) for format in FORMATS]
     experts = [("experts", arch, pairs, format) for pairs in (8, 100_000) for format in FORMATS]
     rest = [("join", arch, 256), ("join", arch, 512), ("store", arch, True), ("store", arch, False), ("route", arch)]
+    rest += [("rows", arch, name) for name in ("norm", "rope", "embed", "gate")]
     check([*attention, *matmul, *experts, *rest])

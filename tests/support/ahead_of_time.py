@@ -112,6 +112,21 @@ def route(arch: int):
     return compiled(_route, arguments, {"E": 128, "TOP": 8, "B": 128, "BT": 8}, arch, num_warps=1)
 
 
+def rows(arch: int, name: str):
+    from cabochon.ops import triton_rows
+
+    bf16 = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "cos_ptr", "sin_ptr", "table_ptr", "a_ptr", "b_ptr"), "*bf16")
+    arguments = bf16 | {"ids_ptr": "*i64", "scales_ptr": "*bf16"}
+    arguments |= dict.fromkeys(("rows", "lines", "count"), "i32") | dict.fromkeys(("eps", "gain", "factor"), "fp32")
+    constants = {
+        "norm": {"WIDTH": 5376, "WEIGHT": True, "BR": 1, "B": 8192},
+        "rope": {"N": 8, "HALF": 256, "TURNED": 64, "BR": 4, "B": 256},
+        "embed": {"WIDTH": 10752, "FORMAT": 0, "B": 1024},
+        "gate": {"B": 1024},
+    }[name]
+    return compiled(getattr(triton_rows, f"_{name}"), arguments, constants, arch, num_warps=8)
+
+
 def store(arch: int, float8: bool):
     from cabochon.ops.triton_rows import _store
 
