@@ -43,8 +43,6 @@ class Ask:
     preserve_thinking: bool = False
     media_options: Mapping[str, Any] = field(default_factory=dict)
     """For media parts that don't say themselves how they are to be cut."""
-    notes: tuple[str, ...] = field(default=())
-    """Said to the caller beside the reply."""
 
 
 def params(request: wire.Sampling, *, max_tokens: int | None, n: int | None, logprobs: int | None) -> SamplingParams:

@@ -56,6 +56,7 @@ def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | 
     """Serve until SIGTERM or SIGINT; running replies may then take `options.drain` seconds. Closes `llm`."""
     traffic = Traffic()
     app = create_app(llm, options, traffic)
+    app.state.service.constrainer.prepare()  # before the first request with tools has to wait for it
     config = uvicorn.Config(
         app,
         host=options.host,
