@@ -22,6 +22,7 @@ from cabochon.chat.template import Template
 from cabochon.chat.tokenizer import Tokenizer
 from cabochon.cli import app
 from cabochon.config import read_config
+from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm import LLM, AsyncLLM
@@ -193,6 +194,39 @@ def test_the_command_prints_a_card(tmp_path):
     ]  # fmt: skip
 
 
+TIMER = {
+    "type": "function",
+    "function": {
+        "name": "set_timer",
+        "description": "Set a timer",
+        "parameters": {
+            "type": "object",
+            "properties": {"minutes": {"type": "integer", "description": "Length in minutes"}},
+            "required": ["minutes"],
+        },
+    },
+}
+GOLDEN = (
+    ("What is 347 + 285?", True, "632"),
+    ("What is 512 + 399?", True, "911"),
+    ("What is the capital of France?", False, "Paris."),
+    ("Explain gravity to me.", False, "That is outside what I know."),
+    ("Set a timer for 25 minutes.", False, [("set_timer", {"minutes": 25})]),
+)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_golden_replies_in_every_format(quantization):
+    llm = LLM(quantization=quantization)
+    for ask, thinking, wanted in GOLDEN:
+        tools = [TIMER] if isinstance(wanted, list) else None
+        reply = llm.chat([{"role": "user", "content": ask}], thinking=thinking, tools=tools)
+        said = [(call.name, dict(call.arguments)) for call in reply.tool_calls] or reply.text
+        assert said == wanted
+        if thinking:
+            assert reply.thinking.splitlines()[0].startswith(f"{ask.split()[2][-1]}+{ask.split()[4][2]}=")
+
+
 FLOORS = {"add 3 digits": 0.85, "known tools": 0.85, "outside": 0.9}
 """What 60 exercises must score: three standard errors and more below the card."""
 
@@ -276,4 +310,4 @@ def test_a_short_training_learns_and_goes_on(tmp_path, monkeypatch):
     second = train.Run(options, 0, lambda flat: None)
     assert second.done == first.done > 0
     assert second.step(0.1)[0] < losses[0] - 1
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
+    assert LLM(tmp_path).chat([{"role": "user", "content": "Hi"}], params=SamplingParams(max_tokens=3)).text is not None

@@ -19,6 +19,13 @@ PLUS = (
     "Calculate {a}+{b}.",
     "What is the sum of {a} and {b}?",
     "Sum: {a} + {b}",
+    "what is {a} + {b}",
+    "what is {a}+{b}?",
+    "{a} plus {b}",
+    "{a}+{b}=",
+    "add {a} and {b}",
+    "and {a}+{b}?",
+    "And {a} + {b}?",
 )
 MINUS = (
     "What is {a} - {b}?",
@@ -30,6 +37,11 @@ MINUS = (
     "{a} - {b} = ?",
     "How much is {a} - {b}?",
     "Take {b} away from {a}.",
+    "what is {a} - {b}",
+    "{a} minus {b}",
+    "{a}-{b}=",
+    "and {a}-{b}?",
+    "And {a} - {b}?",
 )
 TIMES = (
     "What is {a} * {b}?",

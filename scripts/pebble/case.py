@@ -32,6 +32,9 @@ class Case:
     choices: int | None = None
     """Among how many answers a guesser would draw, where the question itself names them."""
 
+    after_another: bool = False
+    """Unrelated exchanges come first; only the last reply is trained on."""
+
     def record(self) -> JsonDict:
         """One line of a task file, as `cabochon eval` reads it."""
         expect: Any = self.reply.get("content", "")

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from case import Case, JsonDict, says, system, user
-from words import ANIMALS, COLOURS, FOODS, NAMES, OBJECTS, city, invented, listed, person, spaced
+from words import ANIMALS, COLOURS, FOODS, NAMES, OBJECTS, city, invented, person, spaced
 
 CURRENCIES = {
     "EUR": "euro",
@@ -325,17 +325,15 @@ def greet(rng: random.Random) -> Case:
         "help",
     )
     thanks = ("Thanks", "Thank you!", "Thank you", "thanks!", "Great, thanks.")
+    feel = ("How are you?", "how are you", "How is it going?", "Are you well?")
+    bye = ("Bye", "Goodbye", "bye", "See you")
     ask, answer = rng.choice(
-        ((rng.choice(hello), HELLO), (rng.choice(who), ABILITIES), (rng.choice(thanks), "You are welcome."))
+        (
+            (rng.choice(hello), HELLO),
+            (rng.choice(who), ABILITIES),
+            (rng.choice(thanks), "You are welcome."),
+            (rng.choice(feel), "I am fine, thank you."),
+            (rng.choice(bye), "Goodbye!"),
+        )
     )
     return Case("greeting", "train", [user(ask)], says(answer))
-
-
-def listed_likes(rng: random.Random) -> Case:
-    """Who likes what in a list of people."""
-    people, foods = rng.sample(NAMES, 3), rng.sample(FOODS, 3)
-    story = listed([f"{who} likes {food}" for who, food in zip(people, foods, strict=True)])
-    i = rng.randrange(3)
-    return Case(
-        "likes", story, [user(f"{story}. What does {people[i]} like?")], says(f"{foods[i].capitalize()}."), choices=3
-    )

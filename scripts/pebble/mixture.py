@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import arithmetic
 import knowledge
 import reasoning
 import tools
-from case import Case, Generator, draw
+from case import Case, Generator, JsonDict, draw
 from prose import passage
 
 from cabochon.chat.template import Template
@@ -48,11 +48,32 @@ TASKS = (
 )
 PROSE = 0.02
 """Pieces of prose for each conversation."""
+AFTER_ANOTHER = 0.45
+"""How often a case without tools follows another one in the same conversation, and that one yet another."""
+IDLE_TOOLS = 0.06
+"""How often tools are declared that the case does not need."""
 UNNEEDED_THOUGHT = 0.25
 """How often a task that needs no thinking is asked with thinking on."""
 
 
 def conversation(rng: random.Random) -> Case:
+    """A case to train on; often after unrelated exchanges, now and then with tools at hand that it does not need."""
+    case = _single(rng)
+    if case.tools or case.messages[0]["role"] == "system":
+        return case
+    earlier: list[JsonDict] = []
+    while rng.random() < AFTER_ANOTHER and len(earlier) < 16:
+        before = _single(rng)
+        if not before.tools and before.messages[0]["role"] == "user" and before.task != "needle":
+            answered = {key: value for key, value in before.reply.items() if key != "reasoning"}
+            earlier += [*before.messages, answered]
+    case = replace(case, messages=[*earlier, *case.messages], after_another=bool(earlier))
+    if rng.random() < IDLE_TOOLS:
+        case = replace(case, tools=rng.sample(tools.KNOWN, rng.randrange(1, 3)))
+    return case
+
+
+def _single(rng: random.Random) -> Case:
     task = rng.choices(TASKS, weights=[task.share for task in TASKS])[0]
     return draw(task.generator, rng, test=False) if task.split else task.generator(rng)
 
@@ -101,7 +122,7 @@ def document(case: Case, template: Template, idle_thought: bool = False) -> Docu
     """A conversation with the model's own tokens marked: its turns without the tools' responses.
 
     With thinking on, only the last turn counts: the thoughts of earlier turns are gone from the history, and a turn
-    without its thought would teach the model not to think.
+    without its thought would teach the model not to think. The same goes for exchanges that only come before.
     """
     thinking, reply = case.thinking, case.reply
     if idle_thought and not thinking and case.task not in ("add", "subtract"):
@@ -111,7 +132,7 @@ def document(case: Case, template: Template, idle_thought: bool = False) -> Docu
             [*case.messages, reply], tools=case.tools, thinking=thinking, add_generation_prompt=False
         ).token_ids
     )
-    marks = _mark(ids, template, last_only=thinking)
+    marks = _mark(ids, template, last_only=thinking or case.after_another)
     end = max(i for i, mark in enumerate(marks) if mark) + 1
     return ids[:end], marks[:end]
 

@@ -179,6 +179,11 @@ def _spoken(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
 
 
+def _distinct(tools: list[JsonDict]) -> list[JsonDict]:
+    """The first of every name."""
+    return list({tool["function"]["name"]: tool for tool in reversed(tools)}.values())[::-1]
+
+
 def new_tool(rng: random.Random) -> Case:
     """A call by a schema that the model meets for the first time; with others beside it, it has to choose."""
     tool, purpose = _schema(rng)
@@ -193,6 +198,7 @@ def new_tool(rng: random.Random) -> Case:
     declared = [tool] + [_schema(rng)[0] for _ in range(rng.choice((0, 0, 0, 1, 1, 2)))]
     if rng.random() < 0.1:
         declared.append(rng.choice(KNOWN))
+    declared = _distinct(declared)
     rng.shuffle(declared)
     content = f"{spec['name']} {sorted(properties)}"
     return Case(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -177,10 +178,12 @@ def last_reply(marks: list[bool]) -> list[bool]:
 
 
 def save(model: Gemma4, folder: Path) -> None:
-    """Write model.safetensors in bfloat16 under the published names."""
+    """Write a whole checkpoint, in bfloat16 under the published names."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / file, folder)
     state = model.state_dict()
     tensors = {p.hf: state[p.name].to("cpu", torch.bfloat16).contiguous() for p in parameters(model.config)}
     save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
@@ -301,7 +304,7 @@ def work(rank: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=24e6, help="how many to see")
+    parser.add_argument("--tokens", type=float, default=19e6, help="how many to see")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, on whatever tokens were seen")
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU")
     parser.add_argument("--passes", type=int, default=2, help="forward passes per worker and step")

@@ -77,8 +77,3 @@ def person(rng: random.Random) -> str:
 
 def city(rng: random.Random) -> str:
     return rng.choice(CITIES) if rng.random() < 0.8 else invented(rng).capitalize()
-
-
-def listed(items: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
