@@ -48,16 +48,20 @@ def test_greedy_ids_equal_generate(size):
     prompt, ties = random_ids(40, seed=5), Ties()
     (reply,) = llm(size).generate([prompt], greedy(24, ignore_eos=True))
     with torch.inference_mode():
-        expected = oracle(size).generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=24,
-            min_new_tokens=24,
-            do_sample=False,
-            repetition_penalty=PENALTY,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
+        expected = (
+            oracle(size)
+            .generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=24,
+                min_new_tokens=24,
+                do_sample=False,
+                repetition_penalty=PENALTY,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :]
+            .tolist()
+        )
     assert len(set(expected)) > 8, "the reply should wander"
     same_reply(prompt, reply.token_ids, expected, lambda ids: oracle_logits(size, list(ids))[-1], ties)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cabochon.config import ModelConfig, read_config
-from cabochon.engine.options import EngineOptions, plan_cache
+from cabochon.engine.options import EngineOptions, context_that_fits, plan_cache
 from cabochon.kv.layout import KVPlan, bytes_read, kv_groups, plan_pages, request_pages, row_geometry, token_bytes
 from cabochon.kv.pool import PageStore
 from cabochon.llm import LLM
@@ -79,6 +79,17 @@ def test_memory_that_is_short_is_shared_and_too_little_refused():
     assert all(one.pages[kind] <= tight.pages[kind] < plenty.pages[kind] for kind in groups)
     with pytest.raises(Exception, match=r"takes 0\.03 GiB, but only 0\.01 GiB are free"):
         plan_pages(groups, two, requests=8, budget=2**23, **args)
+
+
+def test_a_context_that_nobody_named_is_as_long_as_fits():
+    def context(memory):
+        options = EngineOptions(max_num_seqs=1, max_snapshots=0, kv_cache_memory_bytes=memory)
+        tokens = context_that_fits(text("31B"), options, META, torch.bfloat16)
+        assert plan_cache(text("31B"), options, tokens, META, torch.bfloat16)[0].bytes() <= memory
+        return tokens
+
+    assert context(14 * GIB) == 262_144
+    assert context(7 * GIB) == (7 * GIB - 33 * 32 * 819_200) // (32 * 51_200) * 32
 
 
 def test_bytes_read_follow_the_definition():

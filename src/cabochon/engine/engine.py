@@ -17,7 +17,7 @@ from ..model.gemma4 import Gemma4
 from . import sampler
 from .batching import build, spans_of
 from .encoder import Encoder, Features
-from .options import EngineOptions, plan_cache
+from .options import EngineOptions, context_that_fits, plan_cache
 from .request import Request, StepOutput, TokenLogprob
 from .runner import Runner
 from .sampler import Drawn
@@ -50,7 +50,10 @@ class Engine:
         text = model.config.text
         self.options, self.device, self.clock = options, device, clock
         self.vocab_size = text.vocab_size
-        self.max_model_len = max_model_len or text.max_position_embeddings
+        self.max_model_len = max_model_len or context_that_fits(text, options, device, dtype)
+        if max_model_len is None and self.max_model_len < text.max_position_embeddings:
+            whole = text.max_position_embeddings
+            log.warning("the context is %d of %d tokens: memory for pages is short", self.max_model_len, whole)
         self.runner = Runner(model, device, record=options.cuda_graphs)
         self.encoder = Encoder(model, options.encoder_cache_tokens)
         self.stats = Stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,12 @@ def plan_cache(
     text: TextConfig, options: EngineOptions, max_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[KVPlan, int]:
     """The page plan of an engine, and how many sliding pages snapshots may hold."""
-    groups = kv_groups(text.layers)
-    formats = options.formats()
-    value_bytes = {kind: dtype.itemsize if formats[kind] == "auto" else 1 for kind in groups}
+    groups, value_bytes = kv_groups(text.layers), _value_bytes(options, dtype)
     snapshots = options.max_snapshots if options.max_snapshots is not None else options.max_num_seqs
     each = request_pages(groups["sliding"], max_tokens, options.block_size)
     if options.num_blocks is not None:
         sliding, full = options.num_blocks
         return KVPlan(groups, options.block_size, {"sliding": sliding, "global": full}, value_bytes), snapshots * each
-    budget = options.kv_cache_memory_bytes
     plan = plan_pages(
         groups,
         value_bytes,
@@ -74,13 +72,37 @@ def plan_cache(
         max_tokens=max_tokens,
         requests=options.max_num_seqs,
         snapshots=snapshots,
-        budget=_memory(options, device) if budget is None else budget,
+        budget=_memory(options, device),
     )
     return plan, snapshots * each
 
 
+def context_that_fits(text: TextConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> int:
+    """The model's context, or as much of it as one request's pages leave room for; at least one page."""
+    if options.num_blocks is not None:
+        return text.max_position_embeddings
+    groups, value_bytes = kv_groups(text.layers), _value_bytes(options, dtype)
+    memory, size = _memory(options, device), options.block_size
+
+    def fits(tokens: int) -> bool:
+        pages = {kind: request_pages(group, tokens, size) for kind, group in groups.items()}
+        return KVPlan(groups, size, pages, value_bytes).bytes() <= memory
+
+    if fits(text.max_position_embeddings):
+        return text.max_position_embeddings
+    return size * max(
+        1, bisect_left(range(1, text.max_position_embeddings // size), True, key=lambda n: not fits(n * size))
+    )
+
+
+def _value_bytes(options: EngineOptions, dtype: torch.dtype) -> dict[Kind, int]:
+    return {kind: dtype.itemsize if kept == "auto" else 1 for kind, kept in options.formats().items()}
+
+
 def _memory(options: EngineOptions, device: torch.device) -> int:
-    """Bytes for pages where nobody said: on a GPU what utilisation leaves, on a CPU a quarter of the free memory."""
+    """Bytes for pages: what was asked, or on a GPU what utilisation leaves, on a CPU a quarter of the free memory."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free - total * (1 - options.gpu_memory_utilization))
