@@ -26,7 +26,7 @@ def host_milliseconds(network, steps):
     for _ in range(steps):
         begin = time.thread_time()
         plan = engine.scheduler.plan()
-        build(plan.items, engine.cache, engine.device, encode=engine.runner.encode)
+        build(plan.items, engine.cache, engine.device, features={})
         times.append(time.thread_time() - begin)
         assert len(plan.items) == 64
         engine.step()
