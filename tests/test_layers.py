@@ -27,7 +27,7 @@ def heights() -> dict[str, int]:
 def modules() -> dict[str, Path]:
     """Dotted name below the package -> file; a package's own name is its folder."""
     found = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")):  # compiled modules have only the latter
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
