@@ -181,7 +181,7 @@ def _attend_together(q: Tensor, key: Tensor, value: Tensor, rows: Rows, start: T
 
 
 def _places(start: Tensor, longest: int, count: int) -> Tensor | None:
-    """Where each of `count` packed rows lies once every request is padded to `longest`; None: they lie there already."""
+    """Where each of `count` packed rows lies once every request is padded to `longest`; None: they lie there now."""
     requests = start.shape[0] - 1
     if count == requests * longest:
         return None
