@@ -13,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from cabochon.errors import BusyError
 from cabochon.llm import AsyncLLM
+from cabochon.server.sse import EventStream
 from support.stand import NAME, bundled_llm, post, running, toy_llm
 
 LONG = {"model": NAME, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 3000, "ignore_eos": True}
@@ -127,18 +129,55 @@ def test_the_log_holds_ids_and_no_prompts(llm: AsyncLLM, caplog: pytest.LogCaptu
     assert "hunter2" in caplog.text
 
 
-def test_silence_is_filled(llm: AsyncLLM) -> None:
-    """A stream that waits for its turn sends comments meanwhile."""
-    with running(llm, keep_alive=0.05) as base:
-        seats = llm.front.engine.scheduler.seats
-        crowd = threading.Thread(target=post, args=(base, CHAT, {**LONG, "n": seats, "max_tokens": 60}))
-        crowd.start()
-        time.sleep(0.2)
-        answer = post(base, CHAT, {**SHORT, "stream": True})
-        crowd.join()
-        assert answer.text.startswith(": still here")
-        assert answer.text.rstrip().endswith("[DONE]")
-    assert settled(llm)
+def streamed(events: AsyncGenerator[bytes], leave_after: float = 60.0) -> list[dict[str, Any]]:
+    """What an `EventStream` with little patience sends to a client that leaves after some seconds."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(leave_after)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(EventStream(events, keep_alive=0.02)({"type": "http"}, receive, send))
+    return sent
+
+
+def test_silence_is_filled() -> None:
+    async def slow() -> AsyncGenerator[bytes]:
+        await asyncio.sleep(0.2)
+        yield b"data: 1\n\n"
+
+    start, *rest = streamed(slow())
+    assert start["status"] == 200
+    bodies = [message["body"] for message in rest]
+    assert bodies[0] == b": still here\n\n"
+    assert bodies[-2:] == [b"data: 1\n\n", b""]
+
+
+def test_a_stream_that_fails_at_once_keeps_its_status() -> None:
+    async def broken() -> AsyncGenerator[bytes]:
+        raise BusyError("full")
+        yield b""
+
+    with pytest.raises(BusyError):
+        streamed(broken())
+
+
+def test_a_client_that_leaves_ends_the_work() -> None:
+    ended = []
+
+    async def endless() -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"x"
+                await asyncio.sleep(0.01)
+        finally:
+            ended.append(True)
+
+    assert len(streamed(endless(), leave_after=0.1)) > 2
+    assert ended == [True]
 
 
 # A server in a process of its own -----------------------------------------------------------------------------------
@@ -165,7 +204,7 @@ class Process:
         for line in self.popen.stderr:
             self.log += line
 
-    def wait_until_ready(self, seconds: float = 60) -> float:
+    def wait_until_ready(self, seconds: float = 200) -> float:
         """Seconds from the start of the process to the first answer."""
         while time.perf_counter() - self.began < seconds:
             try:
