@@ -144,7 +144,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
         I16 total[R][C];
         for (int c = 0; c < C; ++c) {
             b[c] = codes + ((panel + c) * groups + g) * group_bytes<F>();
-            if constexpr (R <= 2) {  // decode: the weight comes from memory, in C streams
+            if constexpr (C == 1) {  // decode: the weight comes from memory
                 for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + 2048 + line);
             }
         }
@@ -173,7 +173,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
 }
 
 #if CABOCHON_AVX512
-constexpr int TALL = 6, TALL_PANELS = 2, FLAT = 2, FLAT_PANELS = 4;
+constexpr int TALL = 6, TALL_PANELS = 2, FLAT = 8, FLAT_PANELS = 1;  // few rows read memory in one stream
 #elif CABOCHON_AVX2
 constexpr int TALL = 2, TALL_PANELS = 1, FLAT = 1, FLAT_PANELS = 1;
 #else
