@@ -139,14 +139,16 @@ def main(bench: str) -> None:
             write(path, kind)
             run = ours(format)
             run(PROMPT)
-            for what, tokens, test in (
-                ("prefill", PROMPT, ("-p", PROMPT, "-n", 0)),
-                ("decode", 1, ("-p", 0, "-n", REPLY)),
+            for what, tokens, passes, test in (
+                ("prefill", PROMPT, 1, ("-p", PROMPT, "-n", 0)),
+                ("decode", 1, REPLY, ("-p", 0, "-n", REPLY)),
             ):
-                mine = median(lambda run=run, tokens=tokens: run(tokens)) / tokens
-                torch_takes = median(lambda tokens=tokens: plain(tokens)) / tokens
-                theirs = median(lambda path=path, test=test: peer(bench, path, *map(str, test)))
-                theirs /= PROMPT if what == "prefill" else REPLY
+                mine, torch_takes = (
+                    median(lambda side=side, n=tokens, passes=passes: sum(side(n) for _ in range(passes)))
+                    / (tokens * passes)
+                    for side in (run, plain)
+                )
+                theirs = median(lambda path=path, test=test: peer(bench, path, *map(str, test))) / (tokens * passes)
                 rows.append(
                     {
                         "format": format,
