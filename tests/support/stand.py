@@ -11,8 +11,6 @@ from typing import Any
 
 import httpx
 import uvicorn
-from support.toys import toy_model
-from support.words import small_tokenizer
 
 from cabochon.chat.template import Template
 from cabochon.config import GenerationConfig
@@ -22,6 +20,8 @@ from cabochon.media.source import Policy
 from cabochon.server.app import create_app
 from cabochon.server.guard import Traffic
 from cabochon.server.options import ServerOptions
+from support.toys import toy_model
+from support.words import small_tokenizer
 
 NAME = "toy"
 WIDTH = 640
