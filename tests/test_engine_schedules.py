@@ -165,9 +165,9 @@ def test_no_reply_depends_on_its_schedule(size):
     schedule()
     print(f"{size}: {ties[size]}; {dict(seen[size])}")
     # Without these the proof could be empty.
-    assert seen[size]["preempted"] > 10
-    assert seen[size]["hits"] > 10
-    assert seen[size]["saved"] > 200
+    assert seen[size]["preempted"] > 5
+    assert seen[size]["hits"] > 8
+    assert seen[size]["saved"] > 80
 
 
 @pytest.mark.slow

@@ -117,8 +117,12 @@ class KVCache:
         # A snapshot right at the end of the same text serves as well: windows are kept one token longer than need be.
         computed = 0 if found is None else min(found.position, limit)
         if found is not None and not self._resume(holding, found, computed):
-            self.close(holding)
-            return None
+            if self.sliding.recent or self.full.recent:
+                self.close(holding)
+                return None
+            # Nothing will come free: the snapshot itself holds what its copy would need.
+            self.sliding.release(holding.window)
+            holding.window, holding.window_first, computed = [], 0, 0
         self.tables.shared[holding.row] = holding.shared
         self._write_row(holding)
         return holding, computed

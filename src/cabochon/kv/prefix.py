@@ -101,9 +101,10 @@ class Snapshots:
         return True
 
     def drop_tail(self) -> bool:
-        """Forget the least recently used snapshot whose partly filled global page nobody else holds; False: none."""
+        """Forget the least recently used snapshot whose partly filled global page only snapshots hold; False: none."""
+        holders = Counter(snapshot.tail for snapshot in self if snapshot.tail is not None)
         for snapshot in self:
-            if snapshot.tail is not None and self._global.refs[snapshot.tail] == 1:
+            if snapshot.tail is not None and self._global.refs[snapshot.tail] == holders[snapshot.tail]:
                 self._drop(snapshot)
                 return True
         return False
