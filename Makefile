@@ -38,7 +38,8 @@ bench: $(READY)
 pebble: $(READY)
 	$(BIN)/python scripts/pebble/train.py
 
-$(READY): pyproject.toml constraints.txt
+# The C++ sources too: kernels of another version than the package are worse than none.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/cabochon/ops/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
