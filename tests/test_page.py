@@ -134,7 +134,7 @@ def test_calls_and_their_answers(page: Any) -> None:
 
 def test_stop_and_faults(page: Any, base: str) -> None:
     page.evaluate("""() => {
-        const real = window.fetch, endless = '{"ignore_eos":true,"top_k":0,"temperature":2,';
+        const real = window.fetch, endless = '{"structured_outputs":{"regex":"[a-z ]{9000,}"},';
         window.fetch = (url, options) => real(url, options?.body
             ? { ...options, body: options.body.replace('{', endless) } : options);
     }""")
