@@ -52,7 +52,7 @@ class SamplingParams:
         need(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
         need(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        need(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100")
 
 
 @dataclass(frozen=True, slots=True)

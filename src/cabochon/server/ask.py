@@ -44,6 +44,10 @@ class Ask:
     media_options: Mapping[str, Any] = field(default_factory=dict)
     """For media parts that don't say themselves how they are to be cut."""
 
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise RequestError("The conversation is empty; it must hold one message or more.", "messages")
+
 
 def params(request: wire.Sampling, *, max_tokens: int | None, n: int | None, logprobs: int | None) -> SamplingParams:
     """Sampling parameters of an OpenAI-style request."""
