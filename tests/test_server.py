@@ -399,9 +399,13 @@ def test_responses(base: str) -> None:
 
 def test_responses_in_the_background(base: str, llm: AsyncLLM) -> None:
     asked = {"model": NAME, "input": "Go on.", "background": True, "max_output_tokens": 3000}
-    begun = post(base, "/v1/responses", asked).json()
-    assert begun["status"] == "in_progress"
-    ended = post(base, f"/v1/responses/{begun['id']}/cancel", None).json()
+    for _ in range(20):
+        begun = post(base, "/v1/responses", asked).json()
+        assert begun["status"] == "in_progress"
+        ended = post(base, f"/v1/responses/{begun['id']}/cancel", None).json()
+        if ended["status"] == "cancelled":
+            break
+        assert ended["status"] == "completed"  # random weights may end a reply at any token, before we come
     assert ended["status"] == "cancelled"
     assert (
         post(base, "/v1/responses", {**asked, "background": False, "previous_response_id": begun["id"]}).status_code
