@@ -32,7 +32,7 @@ from cabochon.weights.params import parameters
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "pebble"
 sys.path.insert(0, str(SCRIPTS))
 
-import heldout  # noqa: E402
+import heldout  # noqa: E402  (after its folder is on the path)
 import mixture  # noqa: E402
 from case import draw, held_out  # noqa: E402
 

@@ -220,7 +220,7 @@ def _other_properties(validator: Any, allowed: Any, instance: Any, schema: Schem
         yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, allowed, instance, schema)
 
 
-_Checker = validators.extend(  # type: ignore[no-untyped-call]
+_Checker = validators.extend(  # type: ignore[no-untyped-call]  # jsonschema has none
     Draft202012Validator,
     {"pattern": None, "patternProperties": None, "additionalProperties": _other_properties},
 )

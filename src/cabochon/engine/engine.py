@@ -329,7 +329,7 @@ class Engine:
     # Ends -------------------------------------------------------------------------------------------------------------
 
     def _mark(self, track: Track, reason: str, *, stop: int | None = None, error: str | None = None) -> None:
-        track.finish, track.stop_reason, track.error = reason, stop, error  # type: ignore[assignment]
+        track.finish, track.stop_reason, track.error = reason, stop, error  # type: ignore[assignment]  # str
 
     def _close(self, track: Track) -> None:
         """Free a finished track; keep its window if the next turn may go on from there."""

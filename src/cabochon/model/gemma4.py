@@ -64,7 +64,7 @@ class Gemma4(nn.Module):
             most = 1 if alone else max(1, PATCHES_AT_ONCE // (rows * columns))
             for first in range(0, len(group), most):
                 some = group[first : first + most]
-                pixels = torch.from_numpy(np.stack([items[i].values for i in some]))  # type: ignore[union-attr]
+                pixels = torch.from_numpy(np.stack([items[i].values for i in some]))  # type: ignore[union-attr]  # one kind
                 features |= zip(some, self._see(pixels, rows, columns), strict=True)
         return [features[i] for i in range(len(items))]
 

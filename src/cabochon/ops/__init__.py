@@ -55,7 +55,7 @@ def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = getattr(_twin(args[argument]), name)(*args, **kwargs)  # type: ignore[arg-type]
+        result: R = getattr(_twin(args[argument]), name)(*args, **kwargs)  # type: ignore[arg-type]  # a tensor
         return result
 
     return call

@@ -21,7 +21,7 @@ from .views import Pages, Past, Rows, ScaledPages
 try:
     from . import _cpu
 except ImportError:  # installed without a compiler; `cabochon doctor` says what that costs
-    _cpu = None  # type: ignore[assignment]
+    _cpu = None  # type: ignore[assignment]  # installed without a compiler
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FORMATS = {"int8": 1, "int4": 2}
