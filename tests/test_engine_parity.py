@@ -9,7 +9,7 @@ from cabochon.engine.request import Request, SamplingParams
 from cabochon.llm import LLM
 from cabochon.llm.loading import Loaded
 from support.greedy import PENALTY, Ties, alone, finish, greedy, own_logits, same_reply
-from support.oracle import oracle, oracle_logits
+from support.reference import oracle, oracle_logits
 from support.toys import SIZES, WINDOW, random_ids, toy_model
 
 LENGTH = 4 * WINDOW
@@ -88,17 +88,22 @@ def test_replies_do_not_depend_on_company(size):
 
 
 def kl(reference, logits):
+    """KL to `reference` of every token [T]."""
     p = reference.log_softmax(-1)
-    return float((p.exp() * (p - logits.double().log_softmax(-1))).sum(-1).mean())
+    return (p.exp() * (p - logits.double().log_softmax(-1))).sum(-1)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bfloat16_is_as_near_to_float64_as_the_reference_in_bfloat16(size):
-    ours, theirs = [], []
-    for seed in (6, 7, 8):
+    model, ours, theirs = llm(size, torch.bfloat16, max_num_batched_tokens=32), [], []
+    for seed in range(12):
         ids = random_ids(LENGTH, seed=seed)
         exact = oracle_logits(size, ids)
-        ours.append(kl(exact, llm(size, torch.bfloat16, max_num_batched_tokens=32).logits(ids)))
+        ours.append(kl(exact, model.logits(ids)))
         theirs.append(kl(exact, oracle_logits(size, ids, torch.bfloat16)))
-    print(f"{size}: mean KL {sum(ours) / 3:.2e}, reference {sum(theirs) / 3:.2e}")
-    assert sum(ours) <= 1.2 * sum(theirs)
+    # Where rounding picks another expert a token's KL is a hundred times the others', so that with experts the mean is
+    # a matter of few tokens' luck.
+    middle = torch.median if size == "26B-A4B" else torch.mean
+    mine, its = float(middle(torch.cat(ours))), float(middle(torch.cat(theirs)))
+    print(f"{size}: {middle.__name__} KL {mine:.2e}, reference {its:.2e}, ratio {mine / its:.2f}")
+    assert mine <= 1.2 * its

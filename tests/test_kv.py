@@ -13,7 +13,7 @@ from cabochon.llm import LLM
 from cabochon.llm.loading import Loaded
 from cabochon.model.gemma4 import Gemma4
 from cabochon.variants import find
-from support.oracle import oracle_logits
+from support.reference import oracle_logits
 from support.toys import SIZES, WINDOW, calm_, random_ids, toy_config, toy_model
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from cabochon.engine.options import EngineOptions
 from cabochon.engine.request import Request, SamplingParams
 from support.greedy import greedy
 from support.mixed_media import mixed
-from support.oracle import oracle
+from support.reference import oracle
 from support.toys import SIZES, toy_config, toy_model
 
 ONE = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1)

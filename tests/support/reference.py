@@ -7,6 +7,7 @@ needs the plain loop over experts.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrain
 def reference_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """[T, V] of one text sequence."""
     return model(torch.tensor([ids])).logits[0]
+
+
+@cache
+def oracle(size: str, dtype: torch.dtype = torch.float64, *, media: bool = False) -> PreTrainedModel:
+    """One `reference` for all tests of a process, which therefore leave it as it is."""
+    return reference(size, dtype, media=media)
+
+
+def oracle_logits(size: str, ids: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """[T, V] in `dtype`."""
+    return reference_logits(oracle(size, dtype), ids)
 
 
 def _class_of(raw: dict[str, Any]) -> type[PreTrainedModel]:
