@@ -25,8 +25,11 @@ def engine(size: str, **options: object) -> Engine:
 def logits(server: Engine, prompt, name: str = "one") -> torch.Tensor:
     """[T, V] through the paged path."""
     parts = []
-    sink = lambda _, part: parts.append(part.clone())  # noqa: E731
-    server.add(Request(name, prompt.ids, ONE, spans=prompt.spans, sink=sink))
+
+    def keep(_, part):
+        parts.append(part.clone())
+
+    server.add(Request(name, prompt.ids, ONE, spans=prompt.spans, sink=keep))
     while server.busy:
         server.step()
         server.check()

@@ -122,9 +122,9 @@ class Vocabulary:
                 "remove it or leave out strict to have it checked after the reply.",
                 f"{field}.{open_ends[0]}",
             )
-        options = {**_LAYOUT, "lenient": bool(open_ends), "coerce_one_of": True}
+        options: Any = {**_LAYOUT, "lenient": bool(open_ends), "coerce_one_of": True}
         wanted = schema if isinstance(schema, Mapping) else ({} if schema else {"enum": []})
-        source = LLMatcher.grammar_from_json_schema(json.dumps(wanted), overrides=options)  # type: ignore[arg-type]
+        source = LLMatcher.grammar_from_json_schema(json.dumps(wanted), overrides=options)
         return self._ready(Grammar(source, field, tuple(open_ends)))
 
     def json_object(self, field: str) -> Grammar:

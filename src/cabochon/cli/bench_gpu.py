@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,7 +99,7 @@ def steps(
         weights = weight_bytes(network)
         for length in prefill:
             batch = prefill_batch(network, length)
-            yield Step(f"prefill {length}", length, timer(lambda: network(batch)), None)  # noqa: B023
+            yield Step(f"prefill {length}", length, timer(partial(network, batch)), None)
         for context, requests in ((c, r) for c in contexts for r in batches):
             past = past_bytes(network, requests, context)
             room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else past
@@ -106,11 +107,10 @@ def steps(
                 continue
             batch = decode_batch(network, requests, context)
             what, moved = f"decode {requests} at {context}", weights + past
-            yield Step(what, requests, timer(lambda: network(batch)), moved)  # noqa: B023
+            yield Step(what, requests, timer(partial(network, batch)), moved)
             if device.type == "cuda":
                 recorder = Recorder(network)
-                seconds = timer(lambda: recorder.run(batch))  # noqa: B023
-                yield Step(f"{what}, recorded", requests, seconds, moved)
+                yield Step(f"{what}, recorded", requests, timer(partial(recorder.run, batch)), moved)
 
 
 def copy_bandwidth(timer: Timer) -> float:
