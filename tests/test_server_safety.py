@@ -1,29 +1,20 @@
-"""What protects the server: keys, limits, the queue's bound, clients that leave, the drain."""
+"""What protects the server: keys, limits, the queue's bound, clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import os
-import random
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from cabochon.engine.stats import BOUNDS
 from cabochon.errors import BusyError
 from cabochon.llm import AsyncLLM
 from cabochon.server.sse import EventStream
-from support.stand import NAME, bundled_llm, post, running, toy_llm
+from support.stand import NAME, post, running, settled, toy_llm
 
 LONG = {"model": NAME, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 3000, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 4}
@@ -35,16 +26,6 @@ def llm() -> Iterator[AsyncLLM]:
     llm = toy_llm()
     yield llm
     llm.close()
-
-
-def settled(llm: AsyncLLM, seconds: float = 5.0) -> bool:
-    """Nothing runs and nothing waits, within `seconds`."""
-    for _ in range(int(seconds * 50)):
-        gauges = llm.gauges()
-        if gauges.running == gauges.waiting == 0:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_keys(llm: AsyncLLM) -> None:
@@ -179,142 +160,3 @@ def test_a_client_that_leaves_ends_the_work() -> None:
 
     assert len(streamed(endless(), leave_after=0.1)) > 2
     assert ended == [True]
-
-
-# A server in a process of its own -----------------------------------------------------------------------------------
-
-
-class Process:
-    """`cabochon serve` with the bundled model."""
-
-    def __init__(self, *flags: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.base = f"http://127.0.0.1:{port}"
-        self.began = time.perf_counter()
-        command = [sys.executable, "-c", "from cabochon.cli import main; main()", "serve", "--port", str(port), *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.log = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.popen.stderr
-        for line in self.popen.stderr:
-            self.log += line
-
-    def wait_until_ready(self, seconds: float = 200) -> float:
-        """Seconds from the start of the process to the first answer."""
-        while time.perf_counter() - self.began < seconds:
-            try:
-                if httpx.get(self.base + "/ready", timeout=1).status_code == 200:
-                    return time.perf_counter() - self.began
-            except httpx.TransportError:
-                time.sleep(0.02)
-            assert self.popen.poll() is None, self.log
-        raise AssertionError(f"not ready after {seconds} s: {self.log}")
-
-    def leave(self) -> int:
-        """SIGTERM, then the exit code."""
-        self.popen.send_signal(signal.SIGTERM)
-        return self.code()
-
-    def code(self) -> int:
-        """The exit code, once the process has left."""
-        code = self.popen.wait(60)
-        self._reader.join(5)
-        assert self.popen.stderr
-        self.popen.stderr.close()
-        return code
-
-
-def test_sigterm_lets_running_replies_finish() -> None:
-    process = Process("--drain", "30", "--max-model-len", "2048")
-    process.wait_until_ready()
-    asked: dict[str, Any] = {**LONG, "model": "pebble", "max_tokens": 600, "stream": True}
-    with httpx.stream("POST", process.base + CHAT, json=asked, timeout=60) as answer:
-        lines = answer.iter_lines()
-        for _ in range(10):
-            next(lines)
-        process.popen.send_signal(signal.SIGTERM)
-        rest = "\n".join(lines)
-    assert rest.rstrip().endswith("[DONE]")
-    assert '"finish_reason":"length"' in rest
-    assert process.code() == 0
-    assert "Traceback" not in process.log, process.log
-
-
-@pytest.mark.slow
-def test_ready_in_time() -> None:
-    """From process start to the first answer, best of three: below 5 s on an idle machine."""
-    times = []
-    for _ in range(3):
-        process = Process()
-        times.append(process.wait_until_ready())
-        assert post(process.base, CHAT, {**SHORT, "model": "pebble"}).status_code == 200
-        assert process.leave() == 0
-    print(f"ready after {', '.join(f'{seconds:.2f}' for seconds in sorted(times))} s")
-    assert min(times) < 5
-
-
-# Load ---------------------------------------------------------------------------------------------------------------
-
-
-async def _one(client: httpx.AsyncClient, dice: random.Random, counts: dict[str, int]) -> None:
-    asked = {**LONG, "model": None, "stream": True, "max_tokens": dice.randint(5, 200), "seed": dice.randint(0, 999)}
-    asked |= {"temperature": 2, "top_k": 0}  # or the model ends its turn and then writes what nobody sees
-    asked["messages"] = [{"role": "user", "content": "What is 3 + 4? " * dice.randint(1, 20)}]
-    leave_after = dice.randint(0, 40) if dice.random() < 0.3 else None
-    async with client.stream("POST", CHAT, json={k: v for k, v in asked.items() if v is not None}) as answer:
-        assert answer.status_code == 200
-        number = 0
-        async for line in answer.aiter_lines():
-            if not line.startswith("data:"):
-                continue
-            if line.endswith("[DONE]"):
-                counts["answered"] += 1
-                return
-            number += 1
-            if leave_after is not None and number > leave_after:
-                counts["left"] += 1
-                return
-    raise AssertionError("a stream ended without [DONE]")
-
-
-async def _load(base: str, users: int, seconds: float) -> dict[str, int]:
-    """`users` streams at any time, each replaced by another when it ends or its client leaves."""
-    counts, until = {"answered": 0, "left": 0}, time.perf_counter() + seconds
-    limits = httpx.Limits(max_connections=users)
-
-    async def user(number: int, client: httpx.AsyncClient) -> None:
-        dice = random.Random(number)
-        while time.perf_counter() < until:
-            await _one(client, dice, counts)
-
-    async with httpx.AsyncClient(base_url=base, timeout=120, limits=limits) as client, asyncio.TaskGroup() as group:
-        for number in range(users):
-            group.create_task(user(number, client))
-    return counts
-
-
-@pytest.mark.parametrize(("users", "seconds"), [(8, 2), pytest.param(64, 60, marks=pytest.mark.slow)], ids=["8", "64"])
-def test_load_with_disconnects(users: int, seconds: float) -> None:
-    llm = bundled_llm(max_num_seqs=64)
-    try:
-        with running(llm) as base:
-            counts = asyncio.run(_load(base, users, seconds))
-            assert settled(llm)
-        llm.front.engine.check()
-        gauges = llm.gauges()
-        assert counts["answered"] > 0
-        assert gauges.pages["sliding"] == gauges.snapshot_pages
-    finally:
-        llm.close()
-    # The engine's own clock: many tokens of a reply that may not end are control tokens, of which clients see nothing.
-    times = llm.stats.inter_token
-    within = [sum(times.counts[: place + 1]) / max(times.count, 1) for place in range(len(BOUNDS))]
-    p50, p99 = (next(b for b, share in zip(BOUNDS, within, strict=True) if share >= q) * 1e3 for q in (0.5, 0.99))
-    rate = llm.stats.tokens_out / seconds
-    print(f"{users} streams, {seconds} s: {counts}, {rate:.0f} tokens/s, inter-token p50 <= {p50:g}, p99 <= {p99:g} ms")

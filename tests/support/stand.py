@@ -72,3 +72,13 @@ def running(llm: AsyncLLM, **options: Any) -> Iterator[str]:
 
 def post(base: str, path: str, body: Any, **more: Any) -> httpx.Response:
     return httpx.post(base + path, json=body, timeout=60, **more)
+
+
+def settled(llm: AsyncLLM, seconds: float = 5.0) -> bool:
+    """Nothing runs and nothing waits, within `seconds`."""
+    for _ in range(int(seconds * 50)):
+        gauges = llm.gauges()
+        if gauges.running == gauges.waiting == 0:
+            return True
+        time.sleep(0.02)
+    return False

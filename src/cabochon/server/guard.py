@@ -36,6 +36,8 @@ class Traffic:
     """What the guard counts: requests by route and status. `draining` closes the door to new work."""
 
     answered: dict[tuple[str, int], int] = field(default_factory=dict)
+    inside: int = 0
+    """Requests that came in and are not answered to the end yet."""
     draining: bool = False
 
     def count(self, route: str, status: int) -> None:
@@ -70,6 +72,7 @@ class Guard:
                 MutableHeaders(raw=message["headers"])["x-content-type-options"] = "nosniff"
             await send(message)
 
+        self._traffic.inside += 1
         try:
             fault = self._refusal(scope, headers)
             if fault is not None:
@@ -83,6 +86,7 @@ class Guard:
             await _refuse(error, scope, send_with_identity)
         finally:
             taken = (time.perf_counter() - started) * 1e3
+            self._traffic.inside -= 1
             self._traffic.count(_route(scope), status)
             log.info("%s %s %d %.1f ms %s", scope["method"], scope["path"], status, taken, identity)
 

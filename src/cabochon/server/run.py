@@ -1,7 +1,9 @@
 """Serving until told to stop, then finishing what runs.
 
-uvicorn raises the signal again after its shutdown, so a drained server would die of SIGTERM instead of leaving with 0;
-and it answers new requests on open connections while it drains. Both are settled here.
+uvicorn closes its door as soon as it is told to stop, so a new request would meet a refused connection instead of a
+503 that says when to come back; it cuts what still runs then in the midst of a line; and it raises the signal again,
+so that a drained server would die of SIGTERM instead of leaving with 0. All three are settled here: the door stays
+open until the last reply is out, or until the time for that is over.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from socket import socket
@@ -19,6 +22,7 @@ from ..llm import AsyncLLM
 from .app import create_app
 from .guard import Traffic
 from .options import ServerOptions
+from .service import Service
 
 log = logging.getLogger("cabochon.server")
 
@@ -26,10 +30,14 @@ log = logging.getLogger("cabochon.server")
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling; ours drains and returns."""
 
-    def __init__(self, config: uvicorn.Config, traffic: Traffic, on_ready: Callable[[], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, traffic: Traffic, on_ready: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
+        self._service = service
         self._traffic = traffic
         self._on_ready = on_ready
+        self._deadline: float | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -43,20 +51,32 @@ class _Server(uvicorn.Server):
         if self._on_ready is not None and not self.should_exit:
             self._on_ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to go."""
+        if self._deadline is not None:
+            late = time.monotonic() >= self._deadline
+            if late and self._service.replies:
+                log.warning("The time to drain is over: %d replies are cut short.", self._service.replies)
+                self._service.cut()
+            self.should_exit |= late or not (self._traffic.inside or self._service.replies)
+        return await super().on_tick(counter)
+
     def _leave(self, name: str) -> None:
-        if self._traffic.draining:
+        if self._deadline is not None:
             log.warning("%s again: leaving at once.", name)
-            self.force_exit = True
-        else:
-            log.info("%s: finishing what runs, taking nothing new.", name)
-        self._traffic.draining = self.should_exit = True
+            self.should_exit = self.force_exit = True
+            return
+        log.info("%s: finishing %d replies, taking nothing new.", name, self._service.replies)
+        self._traffic.draining = True
+        self._deadline = time.monotonic() + self._service.options.drain
 
 
 def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; running replies may then take `options.drain` seconds. Closes `llm`."""
     traffic = Traffic()
     app = create_app(llm, options, traffic)
-    app.state.service.constrainer.prepare()  # before the first request with tools has to wait for it
+    service: Service = app.state.service
+    service.constrainer.prepare()  # before the first request with tools has to wait for it
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -66,9 +86,9 @@ def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | 
         server_header=False,
         lifespan="off",
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(options.drain)),
+        timeout_graceful_shutdown=2,  # for last words: by then every reply is over or cut
     )
     try:
-        asyncio.run(_Server(config, traffic, on_ready).serve())
+        asyncio.run(_Server(config, service, traffic, on_ready).serve())
     finally:
         llm.close()

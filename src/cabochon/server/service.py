@@ -15,7 +15,7 @@ from ..engine.request import SamplingParams
 from ..errors import BusyError, InputError, RequestError, UnknownModelError
 from ..llm import AsyncLLM, Chunk
 from .ask import Ask, Shape
-from .faults import TooSlowError
+from .faults import DrainingError, TooSlowError
 from .options import ServerOptions
 from .rules import Constrainer
 
@@ -32,7 +32,10 @@ class Service:
         self.options = options
         self.tokenizer: Tokenizer = llm.tokenizer
         self.constrainer = Constrainer(self.tokenizer, llm.config.text.vocab_size)
-        self._replies = 0
+        self.replies = 0
+        """Running or waiting."""
+        self._clocks: set[asyncio.Timeout] = set()
+        self._closed = False
         self._most = llm.front.engine.scheduler.seats + options.max_waiting
 
     @property
@@ -96,16 +99,29 @@ class Service:
                 async for chunk in timed:
                     yield chunk
 
+    def cut(self) -> None:
+        """End every reply now; its client learns that the server is leaving."""
+        self._closed = True
+        for clock in self._clocks:
+            if not clock.expired():
+                clock.reschedule(0.0)
+
     async def _timed(self, chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
         """`chunks`, for as long as a request may take."""
+        clock = asyncio.timeout(self.options.request_timeout)
         try:
-            async with asyncio.timeout(self.options.request_timeout), aclosing(chunks):
+            async with clock, aclosing(chunks):
+                self._clocks.add(clock)
                 async for chunk in chunks:
                     yield chunk
         except TimeoutError:
+            if self._closed:
+                raise DrainingError("The server had to leave before the reply was finished; ask again.") from None
             raise TooSlowError(
                 f"The request took longer than {self.options.request_timeout:g} seconds; ask for fewer tokens."
             ) from None
+        finally:
+            self._clocks.discard(clock)
 
     def _check_media(self, ask: Ask) -> None:
         kinds: list[str] = [
@@ -124,12 +140,12 @@ class Service:
 
     @contextmanager
     def _admitted(self, replies: int) -> Iterator[None]:
-        if self._replies + replies > self._most:
+        if self.replies + replies > self._most:
             raise BusyError(
-                f"{self._replies} replies are running or waiting and {self._most} is the most; try again shortly."
+                f"{self.replies} replies are running or waiting and {self._most} is the most; try again shortly."
             )
-        self._replies += replies
+        self.replies += replies
         try:
             yield
         finally:
-            self._replies -= replies
+            self.replies -= replies
