@@ -7,7 +7,7 @@ import torch
 
 from cabochon.engine.engine import Engine, loops
 from cabochon.engine.options import EngineOptions
-from cabochon.engine.request import Request, SamplingParams
+from cabochon.engine.request import Request, SamplingParams, SoftSpan
 from cabochon.errors import ContextError, InputError, RequestError
 from cabochon.llm import LLM
 from cabochon.llm.loading import Loaded
@@ -297,6 +297,26 @@ def test_steps_that_skip_count_the_same_tokens(network):
         for skip in (True, False)
     ]
     assert replies[0] == replies[1]
+
+
+def test_a_prompt_that_ends_in_a_picture_and_comes_again_disturbs_nobody():
+    """Only the picture's last token is left to compute; its span must not reach into the rows of others."""
+    large = toy_model("31B")
+    large.encode = list  # an item is its features
+    picture = SoftSpan(10, 6, b"a", torch.randn(6, 64), True)
+    prompt, other = random_ids(16, seed=1), random_ids(40, seed=2)
+    e = engine(large)
+    expected = alone(e, prompt, greedy(4, ignore_eos=True), (picture,)), alone(e, other, greedy(12, ignore_eos=True))
+    e = engine(large)
+    e.add(Request("first", prompt, greedy(4, ignore_eos=True), spans=(picture,), boundaries=(16,)))
+    finish(e)
+    e.add(Request("other", other, greedy(12, ignore_eos=True)))
+    e.step()
+    e.add(Request("again", prompt, greedy(4, ignore_eos=True), spans=(picture,)))
+    tokens, last = collect([*e.step(), *finish(e)])
+    assert last["again", 0].cached_tokens == 15
+    assert tokens["again", 0] == expected[0]
+    assert tokens["other", 0] == expected[1][1:]
 
 
 # Counters -------------------------------------------------------------------------------------------------------------

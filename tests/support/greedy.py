@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.engine import Engine
-from cabochon.engine.request import Request, SamplingParams, StepOutput
-from cabochon.model.batch import whole_sequences
+from cabochon.engine.request import Request, SamplingParams, SoftSpan, StepOutput
+from cabochon.model.batch import SoftTokens, whole_sequences
 from cabochon.model.gemma4 import Gemma4
 
 NOISE = 5e-5
@@ -54,12 +54,21 @@ def penalised(logits: Tensor, ids: Sequence[int]) -> Tensor:
     return out
 
 
-def own_logits(model: Gemma4) -> Callable[[Sequence[int]], Tensor]:
-    """The last token's logits by the network itself, without engine or pages."""
+def own_logits(model: Gemma4, spans: Sequence[SoftSpan] = ()) -> Callable[[Sequence[int]], Tensor]:
+    """The last token's logits by the network itself, without engine or pages. Each span's item is its features."""
 
     def last(ids: Sequence[int]) -> Tensor:
+        batch = whole_sequences([torch.tensor(list(ids))])
+        reach = batch.rows.position.clone()
+        for span in spans:
+            if span.two_way:
+                reach[span.start : span.start + span.length] = span.start + span.length - 1
+        batch.rows.see_until = reach
+        if spans:
+            index = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
+            batch.soft = SoftTokens(index, torch.cat([span.item for span in spans]))
         with torch.inference_mode():
-            return model(whole_sequences([torch.tensor(list(ids))]))[-1]
+            return model(batch)[-1]
 
     return last
 
@@ -97,7 +106,7 @@ def finish(engine: Engine, check: bool = False) -> list[StepOutput]:
     return outputs
 
 
-def alone(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+def alone(engine: Engine, prompt: Sequence[int], params: SamplingParams, spans: tuple[SoftSpan, ...] = ()) -> list[int]:
     """The reply of one request in an idle engine."""
-    engine.add(Request("alone", prompt, params))
+    engine.add(Request("alone", prompt, params, spans=spans))
     return [token for output in finish(engine) for token in output.token_ids]

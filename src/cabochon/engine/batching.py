@@ -117,17 +117,25 @@ def _pages(
 
 def spans_of(item: Item) -> list[SoftSpan]:
     """The media spans that an item's part of the step touches."""
-    end = item.context + item.count
-    return [s for s in item.track.request.spans if s.start < end and s.start + s.length > item.context]
+    return [span for span in item.track.request.spans if _part(item, span)]
+
+
+def _part(item: Item, span: SoftSpan) -> range:
+    """Positions of a span that the step computes."""
+    return range(max(span.start, item.context), min(span.start + span.length, item.context + item.count))
 
 
 def _see_until(spans: list[tuple[Item, int, SoftSpan]], position: Array) -> Array:
-    """Tokens of a two-way span see to its end on sliding layers; such a span lies whole in the step."""
+    """Tokens of a two-way span see to its end on sliding layers.
+
+    Such a span lies whole in the step, unless a prompt that ends with it came before: then only its last token does.
+    """
     reach = position.copy()
     for item, base, span in spans:
         if span.two_way:
-            at = base + span.start - item.context
-            reach[at : at + span.length] = span.start + span.length - 1
+            part = _part(item, span)
+            at = base + part.start - item.context
+            reach[at : at + len(part)] = span.start + span.length - 1
     return reach
 
 
@@ -136,10 +144,9 @@ def _soft(
 ) -> SoftTokens:
     index, rows = [], []
     for item, base, span in spans:
-        low = max(span.start, item.context)
-        high = min(span.start + span.length, item.context + item.count)
-        index.append(torch.arange(low, high) + int(base) - item.context)
-        rows.append(features[span.key][low - span.start : high - span.start])
+        part = _part(item, span)
+        index.append(torch.arange(part.start, part.stop) + int(base) - item.context)
+        rows.append(features[span.key][part.start - span.start : part.stop - span.start])
     return SoftTokens(torch.cat(index).to(device), torch.cat(rows))
 
 
