@@ -12,7 +12,7 @@ from cabochon.errors import CheckpointError, InputError, UnknownModelError
 from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, quantize
 from cabochon.weights.header import read_folder
-from cabochon.weights.load import fill, fold, quantize_in_blocks, quantizer, save
+from cabochon.weights.load import fill, fold, quantizer, save
 from cabochon.weights.params import parameters
 from cabochon.weights.random import RandomSource, calm_tensor, open_random
 from cabochon.weights.safetensors import SafetensorsSource
@@ -93,15 +93,6 @@ def test_weights_are_quantised_on_the_way_in(toy):
     assert (dequantize(weight) - exact).abs().max() < exact.abs().max() / 100
     with pytest.raises(InputError, match=r"mlp.gate_proj.weight is quantised"):
         save(toy.parent / "no", model, read_config(toy))
-
-
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_quantising_in_blocks_changes_nothing(monkeypatch, format):
-    weight = calm_tensor("x", (37, 64))
-    monkeypatch.setattr("cabochon.weights.load.ROWS_AT_ONCE", 640)
-    whole, blocks = quantize(weight, format), quantize_in_blocks(weight, format)
-    assert torch.equal(whole.codes, blocks.codes) and torch.equal(whole.scales, blocks.scales)
-    assert blocks.shape == whole.shape
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -14,7 +14,8 @@ from ..kv.layout import kv_groups
 from ..model.batch import Batch
 from ..model.gemma4 import Gemma4
 from ..ops import Pages, Past, Rows
-from ..quant import QuantTensor, pack
+from ..ops.packing import pack
+from ..quant import QuantTensor
 from ..weights.load import host, place
 from ..weights.params import Param, parameters
 from ..weights.random import calm_tensor

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..ops import cpu
-from ..quant import pack, quantize
+from ..ops.packing import quantize
 from ..sizing.hardware import Measured
 
 REPEATS = 5
@@ -55,7 +55,7 @@ def _integer_product(size: int) -> Callable[[], object]:
     if not cpu.supported():
         left, right = ((t * 100).to(torch.int8) for t in (x, weight))
         return lambda: torch._int_mm(left, right)
-    packed, rows = pack(quantize(weight, "int8")), x.bfloat16()
+    packed, rows = quantize(weight, "int8", "panels"), x.bfloat16()
     with torch.no_grad():
         usable = cpu.ready(rows)
 

@@ -65,3 +65,17 @@ def attend(
 def attend_all(
     q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
 ) -> None: ...
+def quantize(
+    x: int,
+    dtype: int,
+    count: int,
+    width: int,
+    stride: int,
+    format: int,
+    panels: bool,
+    codes: int,
+    scales: int,
+    /,
+) -> None: ...
+def pack(codes: int, scales: int, count: int, width: int, format: int, to_codes: int, to_scales: int, /) -> None: ...
+def huge_pages(data: int, bytes: int, /) -> None: ...

@@ -24,7 +24,8 @@ except ImportError:  # installed without a compiler; `cabochon doctor` says what
     _cpu = None  # type: ignore[assignment]  # installed without a compiler
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_FORMATS = {"int8": 1, "int4": 2}
+FORMATS = {"int8": 1, "int4": 2}
+"""Quantised formats that there are kernels for, as they call them."""
 _on = _cpu is not None
 
 
@@ -56,13 +57,21 @@ if "CABOCHON_ISA" in os.environ:
     use(os.environ["CABOCHON_ISA"])
 
 
+def on() -> bool:
+    """Are the kernels in use? Tells them the number of threads on the way."""
+    if _on and _cpu.threads() != torch.get_num_threads():
+        _cpu.set_threads(torch.get_num_threads())
+    return _on
+
+
+def knows(x: Tensor) -> bool:
+    """Are there kernels for numbers like those of `x`?"""
+    return x.dtype in _DTYPES and x.is_cpu and on()
+
+
 def ready(x: Tensor) -> bool:
     """Are there kernels for `x`? Where gradients are recorded there are none."""
-    if not _on or x.dtype not in _DTYPES or not x.is_cpu or torch.is_grad_enabled():
-        return False
-    if _cpu.threads() != torch.get_num_threads():
-        _cpu.set_threads(torch.get_num_threads())
-    return True
+    return not torch.is_grad_enabled() and knows(x)
 
 
 def _matrix(weight: Weight, x: Tensor) -> tuple[int, int, int, int, int, int] | None:
@@ -71,7 +80,7 @@ def _matrix(weight: Weight, x: Tensor) -> tuple[int, int, int, int, int, int] | 
     if isinstance(weight, QuantTensor):
         if weight.layout != "panels":
             return None
-        return _FORMATS[weight.format], 0, weight.codes.data_ptr(), weight.scales.data_ptr(), rows, cols
+        return FORMATS[weight.format], 0, weight.codes.data_ptr(), weight.scales.data_ptr(), rows, cols
     if weight.dtype != x.dtype or not weight.is_contiguous():
         return None
     return 0, _DTYPES[weight.dtype], weight.data_ptr(), 0, rows, cols
@@ -250,3 +259,34 @@ def _stored(pages: Pages | None) -> tuple[Tensor | None, Tensor | None, int]:
     if isinstance(pages, ScaledPages):
         return pages.codes, pages.scales, pages.split
     return pages, None, 0
+
+
+def quantize(weight: Tensor, format: str, panels: bool, codes: Tensor, scales: Tensor) -> None:
+    """`weight` [O, I], whose rows lie together, into `codes` and `scales`; see `ops.packing`."""
+    rows, width = weight.shape
+    _cpu.quantize(
+        weight.data_ptr(),
+        _DTYPES[weight.dtype],
+        rows,
+        width,
+        weight.stride(0),
+        FORMATS[format],
+        panels,
+        codes.data_ptr(),
+        scales.data_ptr(),
+    )
+
+
+def pack(
+    codes: Tensor, scales: Tensor, shape: tuple[int, ...], format: str, to_codes: Tensor, to_scales: Tensor
+) -> None:
+    """Rows of a matrix of `shape` into panels; see `ops.packing`."""
+    rows, width = shape
+    _cpu.pack(
+        codes.data_ptr(), scales.data_ptr(), rows, width, FORMATS[format], to_codes.data_ptr(), to_scales.data_ptr()
+    )
+
+
+def prefer_huge_pages(memory: Tensor) -> None:
+    """Ask for 2 MiB pages under `memory`, which nobody has written yet."""
+    _cpu.huge_pages(memory.data_ptr(), memory.nbytes)

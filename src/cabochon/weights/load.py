@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_json
 from ..errors import CheckpointError, InputError
-from ..quant import QuantTensor, dequantize, pack, quantize
+from ..ops.packing import pack, quantize
+from ..quant import Layout, QuantTensor, dequantize
 from . import safetensors
 from .params import Param, Shape, parameters
 
@@ -28,10 +29,6 @@ Convert = Callable[[Param, Tensor | QuantTensor], Tensor | QuantTensor]
 """What becomes of a weight (a plain tensor is already of the wanted type) before it is put in place."""
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
-
-
-ROWS_AT_ONCE = 1 << 24
-"""Numbers that are quantised at a time: float32 copies stay small beside the result."""
 
 
 class Source(Protocol):
@@ -90,29 +87,16 @@ def quantizer(format: str | None, *, panels: bool) -> Convert:
     """
 
     def convert(param: Param, tensor: Tensor | QuantTensor) -> Tensor | QuantTensor:
+        layout: Layout = "panels" if panels and param.part != "per_layer_embedding" else "rows"
         if isinstance(tensor, QuantTensor) and format not in (None, tensor.format):
             tensor = dequantize(tensor)
         if isinstance(tensor, Tensor):
             if format is None or not param.quantize:
                 return tensor
-            tensor = quantize_in_blocks(tensor, format)
-        return pack(tensor) if panels and param.part != "per_layer_embedding" else tensor
+            return quantize(tensor, format, layout)
+        return pack(tensor) if layout == "panels" else tensor
 
     return convert
-
-
-def quantize_in_blocks(tensor: Tensor, format: str) -> QuantTensor:
-    """`quant.quantize`, a few rows (or experts) at a time."""
-    step = max(1, ROWS_AT_ONCE // max(1, tensor[0].numel()))
-    first = quantize(tensor[:step], format)
-    if step >= tensor.shape[0]:
-        return first
-    codes, scales = (part.new_empty(tensor.shape[0], *part.shape[1:]) for part in (first.codes, first.scales))
-    for top in range(0, tensor.shape[0], step):
-        rows = slice(top, top + step)
-        block = quantize(tensor[rows], format)
-        codes[rows], scales[rows] = block.codes, block.scales
-    return QuantTensor(codes, scales, format, tuple(tensor.shape), dtype=tensor.dtype)
 
 
 def place(module: nn.Module, name: str, value: Tensor | QuantTensor) -> None:

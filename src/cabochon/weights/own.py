@@ -17,8 +17,8 @@ from torch import Tensor
 from ..config import ModelConfig, to_json
 from ..errors import CheckpointError
 from ..formats import QUANTIZED
+from ..ops.packing import quantize
 from ..quant import QuantTensor
-from .load import quantize_in_blocks
 from .params import Param, Shape, parameters
 from .safetensors import SHARD_BYTES, SafetensorsSource, save
 
@@ -31,7 +31,7 @@ def save_own(folder: Path, config: ModelConfig, tensors: Iterator[tuple[Param, T
     def stored() -> Iterator[tuple[str, Tensor]]:
         for param, tensor in tensors:
             if param.quantize:
-                weight = quantize_in_blocks(tensor, format)
+                weight = quantize(tensor, format)
                 yield f"{param.hf}.codes", weight.codes
                 yield f"{param.hf}.scales", weight.scales
             else:

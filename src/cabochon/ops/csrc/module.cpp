@@ -160,6 +160,20 @@ void attend_all(Address q, Address k, Address v, Address out, int dtype, long ba
     call(active->attend_all, op, 1e9);
 }
 
+void quantize(Address x, int dtype, long count, long width, long stride, int format, bool panels, Address codes, Address scales) {
+    const Packing op{rows(x, dtype, count, width, stride), nullptr, Format(format), panels,
+                     reinterpret_cast<void*>(codes), reinterpret_cast<void*>(scales)};
+    call(active->quantize, op, double(count) * width);
+}
+
+void pack(Address codes, Address scales, long count, long width, int format, Address to_codes, Address to_scales) {
+    const Packing op{rows(codes, 0, count, width, 0), reinterpret_cast<const void*>(scales), Format(format), true,
+                     reinterpret_cast<void*>(to_codes), reinterpret_cast<void*>(to_scales)};
+    call(active->pack, op, double(count) * width);
+}
+
+void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -177,4 +191,7 @@ NB_MODULE(_cpu, m) {
     m.def("store", store);
     m.def("attend", attend);
     m.def("attend_all", attend_all);
+    m.def("quantize", quantize);
+    m.def("pack", pack);
+    m.def("huge_pages", huge_pages);
 }

@@ -92,6 +92,16 @@ struct AttendAll {
     long batch, count, heads, head;
 };
 
+// A matrix into codes: floats in `x`, or codes in rows with their scales, into rows or panels.
+struct Packing {
+    Rows x;
+    const void* from_scales;
+    Format format;
+    bool panels;
+    void* codes;
+    void* scales;
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -102,6 +112,8 @@ struct Ops {
     void (*store)(const Store&);
     void (*attend)(const Attend&);
     void (*attend_all)(const AttendAll&);
+    void (*quantize)(const Packing&);
+    void (*pack)(const Packing&);
 };
 
 // One table per instruction set; `supported` is asked before a table is used.

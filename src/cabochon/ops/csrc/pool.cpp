@@ -127,9 +127,15 @@ void* scratch(int slot, size_t bytes) {
         free(buffer.data);
         buffer.size = (bytes + bytes / 2 + 4095) & ~size_t(4095);
         buffer.data = aligned_alloc(4096, buffer.size);
-        madvise(buffer.data, buffer.size, MADV_HUGEPAGE);
+        prefer_huge_pages(buffer.data, buffer.size);
     }
     return buffer.data;
+}
+
+void prefer_huge_pages(void* data, size_t bytes) {
+    constexpr uintptr_t page = 4096;
+    const uintptr_t begin = (uintptr_t(data) + page - 1) & ~(page - 1), end = (uintptr_t(data) + bytes) & ~(page - 1);
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace cabochon

@@ -12,6 +12,9 @@ void set_threads(int count);
 // `slot` keeps buffers that are in use together apart.
 void* scratch(int slot, size_t bytes);
 
+// Asks for 2 MiB pages in memory that nobody has written yet; a walk through it then misses fewer translations.
+void prefer_huge_pages(void* data, size_t bytes);
+
 void run_items(long items, void (*work)(void* context, long item), void* context);
 
 // work(item) for every item in [0, items), in any order, on all threads; returns when all are done.

@@ -1,0 +1,178 @@
+// Weights into codes: `quant.quantize` and `quant.pack` define what comes out, to the bit.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// Where the codes of a matrix go: row after row, or in panels, where four bytes of each of sixteen rows lie side by side.
+struct Codes {
+    uint8_t* data;
+    long bytes;  // of a row; in panels filled up to whole groups
+    bool panels;
+    uint32_t flip;  // int8 panels hold codes plus 128
+
+    void put(long row, long at, const uint8_t* from, long count) const {
+        if (!panels) {
+            memcpy(data + row * bytes + at, from, least(count, bytes - at));
+            return;
+        }
+        uint8_t* to = data + row / PANEL * PANEL * bytes + row % PANEL * 4 + at * PANEL;
+        for (long i = 0; i < count; i += 4) {
+            uint32_t bits;
+            memcpy(&bits, from + i, 4);
+            bits ^= flip;
+            memcpy(to + i * PANEL, &bits, 4);
+        }
+    }
+};
+
+INLINE long groups_of(long width) { return (width + GROUP - 1) / GROUP; }
+
+Codes codes_of(void* data, Format format, bool panels, long width) {
+    const long whole = groups_of(width) * GROUP;
+    if (format == INT4) return {static_cast<uint8_t*>(data), whole / 2, panels, 0};
+    return {static_cast<uint8_t*>(data), panels ? whole : width, panels, 0x80808080u};
+}
+
+INLINE uint16_t to_half(float v) {  // to nearest even
+    uint32_t u;
+    memcpy(&u, &v, 4);
+    const uint16_t sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return sign | 0x7e00;
+    if (u >= 0x477ff000) return sign | 0x7c00;
+    if (u >= 0x38800000) return sign | ((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
+    float small;  // a subnormal half: adding 0.5 shifts its bits to the lower end, rounded
+    memcpy(&small, &u, 4);
+    small += 0.5f;
+    memcpy(&u, &small, 4);
+    return sign | (u - 0x3f000000);
+}
+
+INLINE float from_half(uint16_t h) {
+    uint32_t u = (h & 0x7fff) >= 0x7c00 ? 0x7f800000 | (h & 0x3ff) << 13 : (h & 0x7fff) << 13;
+    float v;
+    memcpy(&v, &u, 4);
+    if (u < 0x7f800000) v *= 0x1p112f;
+    return h & 0x8000 ? -v : v;
+}
+
+INLINE float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+INLINE I16 clamped(I16 v, int low, int high) {
+    v = select(v > splat(high), splat(high), v);
+    return select(splat(low) > v, splat(low), v);
+}
+
+template <class T>
+INLINE F16 half_group(const T* row, long at, long width) {
+    return at + LANES <= width ? get(row + at) : at < width ? get(row + at, width - at) : zero();
+}
+
+// The number of largest magnitude, the first of those that are equally large; what is not a number counts as largest.
+INLINE float extreme(F16 a, F16 b) {
+    const I16 x = as<I16>(a), y = as<I16>(b);
+    const uint32_t top = maximum(larger(x & 0x7fffffff, y & 0x7fffffff)), bottom = top | 0x80000000u;
+    const bool above = uint32_t(maximum(larger(x, y))) == top;
+    const bool below = uint32_t(maximum(larger(as<I16>(0.0f - a), as<I16>(0.0f - b)))) == top;
+    uint32_t found = above ? top : bottom;
+    if (above && below) {
+        uint32_t bits[2 * LANES];
+        store(bits, x), store(bits + LANES, y);
+        for (int i = 2 * LANES - 1; i >= 0; --i)
+            if (bits[i] == top || bits[i] == bottom) found = bits[i];
+    }
+    float v;
+    memcpy(&v, &found, 4);
+    return v;
+}
+
+template <class T>
+void quantize4(const T* x, long row, long width, const Codes& codes, uint16_t* scales, long step) {
+    for (long g = 0; g < groups_of(width); ++g) {
+        const F16 a = half_group(x, g * GROUP, width), b = half_group(x, g * GROUP + LANES, width);
+        const uint16_t scale = to_half(extreme(a, b) / -8.0f);
+        const float inverse = inverse_of(from_half(scale));
+        const I16 low = clamped(rounded(a * inverse + 8.0f), 0, 15), high = clamped(rounded(b * inverse + 8.0f), 0, 15);
+        uint8_t bytes[LANES];
+        put_bytes(reinterpret_cast<int8_t*>(bytes), low | high << 4);
+        codes.put(row, g * LANES, bytes, LANES);
+        scales[g * step] = scale;
+    }
+}
+
+template <class T>
+void quantize8(const T* x, long row, long width, const Codes& codes, float* scale) {
+    I16 top = splat(0);
+    for (long i = 0; i < width; i += LANES) top = larger(top, as<I16>(half_group(x, i, width)) & 0x7fffffff);
+    const int32_t bits = maximum(top);
+    memcpy(scale, &bits, 4);
+    *scale /= 127.0f;
+    const float inverse = inverse_of(*scale);
+    for (long i = 0; i < groups_of(width) * GROUP; i += LANES) {
+        uint8_t bytes[LANES];
+        put_bytes(reinterpret_cast<int8_t*>(bytes), clamped(rounded(half_group(x, i, width) * inverse), -127, 127));
+        if (i < codes.bytes) codes.put(row, i, bytes, LANES);
+    }
+}
+
+// Rows that fill up the last panel: codes of zero, scales of zero.
+void fill_panel(const Packing& op, const Codes& codes, long row) {
+    const uint8_t zeros[LANES] = {};
+    for (long at = 0; at < codes.bytes; at += LANES) codes.put(row, at, zeros, LANES);
+    const long panel = row / PANEL, lane = row % PANEL, groups = groups_of(op.x.width);
+    if (op.format == INT8)
+        static_cast<float*>(op.scales)[row] = 0;
+    else
+        for (long g = 0; g < groups; ++g) static_cast<uint16_t*>(op.scales)[(panel * groups + g) * PANEL + lane] = 0;
+}
+
+// Sixteen rows at a time, so that a panel is written while it is in the cache.
+template <class RowWork>
+void over_panels(const Packing& op, const RowWork& work) {
+    const Codes codes = codes_of(op.codes, op.format, op.panels, op.x.width);
+    const long rows = op.x.count, groups = groups_of(op.x.width);
+    parallel((rows + PANEL - 1) / PANEL, [&](long panel) {
+        for (long row = panel * PANEL; row < (panel + 1) * PANEL; ++row) {
+            if (row >= rows) {
+                if (op.panels) fill_panel(op, codes, row);
+                continue;
+            }
+            const long first = op.panels ? panel * groups * PANEL + row % PANEL : row * groups;
+            work(row, codes, first, op.panels ? PANEL : 1);
+        }
+    });
+}
+
+void quantize(const Packing& op) {
+    over_panels(op, [&](long row, const Codes& codes, long first, long step) {
+        typed(op.x.dtype, row_of(op.x, row), [&](auto* x) {
+            if (op.format == INT8)
+                quantize8(x, row, op.x.width, codes, static_cast<float*>(op.scales) + row);
+            else
+                quantize4(x, row, op.x.width, codes, static_cast<uint16_t*>(op.scales) + first, step);
+        });
+    });
+}
+
+// Codes and scales in rows (`x.data`, `from_scales`) into panels.
+void pack(const Packing& op) {
+    const Codes from = codes_of(op.x.data, op.format, false, op.x.width);
+    over_panels(op, [&](long row, const Codes& codes, long first, long step) {
+        const uint8_t* bytes = from.data + row * from.bytes;
+        for (long at = 0; at < codes.bytes; at += LANES) {
+            uint8_t some[LANES] = {};
+            memcpy(some, bytes + at, most(0, least(LANES, from.bytes - at)));
+            codes.put(row, at, some, LANES);
+        }
+        if (op.format == INT8) {
+            static_cast<float*>(op.scales)[row] = static_cast<const float*>(op.from_scales)[row];
+            return;
+        }
+        const long groups = groups_of(op.x.width);
+        const auto* scales = static_cast<const uint16_t*>(op.from_scales) + row * groups;
+        for (long g = 0; g < groups; ++g) static_cast<uint16_t*>(op.scales)[first + g * step] = scales[g];
+    });
+}
+
+}  // namespace
