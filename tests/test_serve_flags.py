@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import re
 import shlex
+import tempfile
+from functools import cache
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 
+from cabochon.chat.messages import Message, Text
+from cabochon.cli.prepare import prepare
+from cabochon.cli.serve import build
 from cabochon.cli.serve_flags import ServeSettings, read_settings
-from cabochon.engine.options import EngineOptions
+from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
+from cabochon.llm import AsyncLLM
+from cabochon.server.app import create_app
+from cabochon.server.ask import Ask
 from cabochon.server.options import ServerOptions
+from cabochon.server.service import Service
+from support.serving import Process, serving
+from support.speaking import save_seeing
+from support.toys import SIZES
 
 RECIPES = {
     "quick start": "google/gemma-4-E4B-it --max-model-len 131072",
@@ -32,6 +49,14 @@ RECIPES = {
     "--host 0.0.0.0 --port 8000",
     "thinking": "google/gemma-4-E2B-it --max-model-len 16384 --reasoning-parser gemma4 --tool-call-parser gemma4 "
     "--enable-auto-tool-choice --chat-template examples/tool_chat_template_gemma4.jinja",
+    "thinking by default": "google/gemma-4-E2B-it --max-model-len 16384 --reasoning-parser gemma4 "
+    "--chat-template examples/tool_chat_template_gemma4.jinja "
+    """--default-chat-template-kwargs '{"enable_thinking": true}'""",
+    "video": """google/gemma-4-E2B-it --max-model-len 8192 --limit-mm-per-prompt '{"image": 4, "video": 1}'""",
+    "sound that the size does not hear": "google/gemma-4-31B-it --max-model-len 8192 "
+    """--limit-mm-per-prompt '{"image": 4, "audio": 1}'""",
+    "for benchmarks": "google/gemma-4-31B-it --max-model-len 32768 --no-enable-prefix-caching "
+    """--limit-mm-per-prompt '{"image": 0, "audio": 0}' --async-scheduling""",
     "images only": "google/gemma-4-E2B-it --limit-mm-per-prompt.audio 0",
     "text only": """google/gemma-4-E2B-it --limit-mm-per-prompt '{"image": 0, "audio": 0}'""",
     "language model only": "google/gemma-4-26B-A4B-it --language-model-only",
@@ -52,7 +77,7 @@ RECIPES = {
     "experts": "google/gemma-4-26B-A4B-it --enable-expert-parallel --quantization compressed-tensors",
     "quantised while loading": "google/gemma-4-E4B-it --quantization int4",
 }
-"""What the recipes print. All of these start."""
+"""What the recipes print (github.com/vllm-project/recipes, Google/Gemma4.md, and model cards). All of these start."""
 
 REFUSED = {
     "31B on two GPUs": (
@@ -74,6 +99,12 @@ REFUSED = {
     "two models": ("google/gemma-4-E2B-it --model google/gemma-4-E4B-it", "one is served at a time"),
     "a bad limit": ("google/gemma-4-E2B-it --limit-mm-per-prompt smell=1", "image, video or audio"),
     "a bad option": ("""m --mm-processor-kwargs '{"size": 224}'""", "holds 'size', but known are"),
+    "a bad budget": ("""m --mm-processor-kwargs '{"max_soft_tokens": 300}'""", "must be 70, 140, 280, 560 or 1120"),
+    "a budget above the cap": (
+        """m --mm-processor-kwargs '{"max_soft_tokens": 560}' --max-image-tokens 280""",
+        "asks for 560 tokens, but --max-image-tokens is 280",
+    ),
+    "a bad default": ("""m --default-chat-template-kwargs '{"think": true}'""", "holds 'think', but known are"),
     "a bad length": ("m --max-model-len long", "must be a number of tokens"),
 }
 
@@ -82,13 +113,69 @@ def read(line: str, **environment: str) -> ServeSettings:
     return read_settings(shlex.split(line), environment)
 
 
+@cache
+def toy(size: str) -> str:
+    """A checkpoint of random weights in the shape of `size`, for the rest of the run."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return str(save_seeing(Path(folder.name) / size, size))
+
+
+def with_a_toy(line: str) -> list[str]:
+    """The arguments, with a toy of the same size in place of the model."""
+    arguments = shlex.split(line)
+    place = next(index for index, argument in enumerate(arguments) if "/gemma-4-" in argument.lower())
+    size = next(size for size in SIZES if f"gemma-4-{size}".lower() in arguments[place].lower())
+    return [*arguments[:place], toy(size), *arguments[place + 1 :]]
+
+
+ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+
+
+def with_key(keys: tuple[str, ...]) -> dict[str, str]:
+    return {"authorization": f"Bearer {keys[0]}"} if keys else {}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_start(name: str) -> None:
-    settings = read(RECIPES[name])
-    assert settings.model is not None
-    assert settings.model.split("/")[1].lower().startswith("gemma-4")
-    EngineOptions(**settings.engine)
-    ServerOptions(names=("x",), **settings.server)
+    """The engine and the server that the list asks for, and one reply from them."""
+    llm, options = build(read_settings(with_a_toy(RECIPES[name]), {}))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(llm, options))
+        async with httpx.AsyncClient(transport=transport, base_url="http://toy") as client:
+            asked = {**ASK, "model": options.names[0]}
+            return await client.post("/v1/chat/completions", json=asked, headers=with_key(options.api_keys))
+
+    try:
+        answer = asyncio.run(ask())
+    finally:
+        llm.close()
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_start_as_processes(name: str) -> None:
+    arguments = with_a_toy(RECIPES[name])
+    with serving(*arguments) as process:
+        headers = with_key(read_settings(arguments, {}).server["api_keys"])
+        answer = httpx.post(process.base + "/v1/chat/completions", json=ASK, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        process.terminate()
+        assert process.code() == 0, process.log
+    for notice in read_settings(arguments, {}).notices:
+        assert notice in process.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_as_processes(name: str) -> None:
+    line, sentence = REFUSED[name]
+    process = Process(*shlex.split(line))
+    assert process.code() == 2
+    assert process.log.startswith("cabochon: ") and process.log.count("\n") == 1
+    assert re.search(sentence, process.log)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -114,6 +201,7 @@ def test_flags_reach_their_place() -> None:
     ]
     assert read(RECIPES["own names and keys"]).names == ("gemma4", "best")
     assert read(RECIPES["language model only"]).server["media_limits"] == {"image": 0, "video": 0, "audio": 0}
+    assert read(RECIPES["thinking by default"]).server["thinking"] is True
     assert read(RECIPES["vision budget"]).media_options == {"max_soft_tokens": 560}
     assert read("m --limit-mm-per-prompt image=2,video=1").server["media_limits"] == {"image": 2, "video": 1}
 
@@ -153,3 +241,46 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(InputError, match="holds no key"):
         read(f"m --api-key-file {file}")
+
+
+# What the flags do ---------------------------------------------------------------------------------------------------
+
+
+def built(line: str) -> tuple[AsyncLLM, ServerOptions]:
+    return build(read_settings([toy("E2B"), *shlex.split(line)], {}))
+
+
+def test_flags_reach_the_engine() -> None:
+    line = "--max-model-len 4k --max-num-seqs 3 --max-num-batched-tokens 128 --kv-cache-dtype fp8 --block-size 16"
+    llm, _ = built(f"{line} --no-enable-prefix-caching --dtype bfloat16 --quantization int8 --loop-guard 64")
+    try:
+        engine = llm.front.engine
+        assert (llm.max_model_len, llm.front.loop_guard, engine.scheduler.seats) == (4000, 64, 3)
+        chosen = {name: getattr(engine.options, name) for name in ("max_num_batched_tokens", "block_size")}
+        assert chosen == {"max_num_batched_tokens": 128, "block_size": 16}
+        assert (engine.options.kv_cache_dtype, engine.options.enable_prefix_caching) == ("fp8", False)
+        assert engine.runner.model.language_model.norm.weight.dtype == torch.bfloat16
+    finally:
+        llm.close()
+
+
+def test_a_share_of_the_memory_is_all_that_is_planned_with() -> None:
+    model = toy("E2B")
+    small, large = (prepare(model, engine={"gpu_memory_utilization": share}).plan.available for share in (0.05, 0.1))
+    assert 1.8 < large / small < 2.2
+    with pytest.raises(InputError, match="must be above 0 and at most 1"):
+        prepare(model, engine={"gpu_memory_utilization": 90.0})
+
+
+def test_thinking_by_default_until_a_request_says_otherwise() -> None:
+    llm, options = built("""--default-chat-template-kwargs '{"enable_thinking": true}'""")
+    service = Service(llm, options)
+
+    def tokens(thinking: bool | None) -> tuple[int, ...]:
+        ask = Ask((Message("user", (Text("Hello"),)),), SamplingParams(), thinking=thinking)
+        return asyncio.run(service.render(ask)).token_ids
+
+    try:
+        assert tokens(None) == tokens(True) != tokens(False)
+    finally:
+        llm.close()

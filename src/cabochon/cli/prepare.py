@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ def prepare(
         quantization = stored["format"]  # matrices stay in the format that our own folders hold
     return start(
         config,
-        _device(device),
+        _device(device, wishes.get("gpu_memory_utilization")),
         name=name,
         dtype=None if dtype == "auto" else dtype,
         formats={"auto": (None, *QUANTIZED), "none": (None,)}.get(quantization, (quantization,)),
@@ -53,18 +54,22 @@ def _config(model: str | None) -> tuple[ModelConfig, str]:
     return open_checkpoint(path).config, path.name
 
 
-def _device(device: str) -> Hardware:
-    """The device with what is free of its memory now."""
+def _device(device: str, share: float | None) -> Hardware:
+    """The device with what may be taken of its memory: what is free now, and at most `share` of all there is."""
     from ..llm.loading import pick_device
 
     there = pick_device(device)
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"gpu_memory_utilization is {share:g}, but must be above 0 and at most 1.")
     if there.type != "cuda":
-        return hardware.this_machine()
+        machine, total = hardware.this_machine(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return replace(machine, memory=min(machine.memory, int((share or 1) * total)))
     import torch
 
-    free, _ = torch.cuda.mem_get_info(there)
+    free, total = torch.cuda.mem_get_info(there)
+    memory = min(free, int((share or 1) * total))
     name = torch.cuda.get_device_name(there)
     try:
-        return replace(hardware.find(name), memory=free)
+        return replace(hardware.find(name), memory=memory)
     except InputError:  # an unknown card: its memory is known, its rates are not
-        return Hardware(name, "gpu", free, 300e9, 50e12, 100e12, "no data for this device: a cautious guess")
+        return Hardware(name, "gpu", memory, 300e9, 50e12, 100e12, "no data for this device: a cautious guess")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import typer
 
 from .prepare import prepare
 from .serve_flags import ServeSettings, read_settings
+
+if TYPE_CHECKING:
+    from ..llm import AsyncLLM
+    from ..server.options import ServerOptions
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 """The flags are read by `serve_flags`; typer only names the command."""
@@ -27,12 +32,23 @@ def serve(context: typer.Context) -> None:
 
 def run(settings: ServeSettings) -> None:
     """Load the model and serve until told to stop."""
+    from ..server.run import serve as serve_forever
+
+    llm, options = build(settings)
+
+    def announce() -> None:
+        print(f"{options.names[0]} is ready at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+
+    serve_forever(llm, options, announce)
+
+
+def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
+    """The engine and the options of its server, as the settings say."""
     from ..chat.jinja import template_for
     from ..llm import AsyncLLM
     from ..llm.loading import load
     from ..media.source import Policy
     from ..server.options import ServerOptions
-    from ..server.run import serve as serve_forever
 
     begin = prepare(
         settings.model,
@@ -47,6 +63,8 @@ def run(settings: ServeSettings) -> None:
     if settings.chat_template is not None and loaded.tokenizer is not None:
         template = template_for(None, loaded.tokenizer, "small", settings.chat_template)
         loaded = replace(loaded, template=template)
+    names = settings.names or tuple(dict.fromkeys(name for name in (settings.model, loaded.name) if name))
+    options = ServerOptions(names=names, **settings.server)
     llm = AsyncLLM.of(
         loaded,
         max_model_len=begin.context,
@@ -55,10 +73,4 @@ def run(settings: ServeSettings) -> None:
         media_options=settings.media_options,
         **{"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes, **settings.engine},
     )
-    names = settings.names or tuple(dict.fromkeys(name for name in (settings.model, loaded.name) if name))
-    options = ServerOptions(names=names, **settings.server)
-
-    def announce() -> None:
-        print(f"{names[0]} is ready at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
-
-    serve_forever(llm, options, announce)
+    return llm, options

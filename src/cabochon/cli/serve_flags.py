@@ -10,18 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from ..formats import QUANTIZED
-from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED, STORED_QUANTIZATION
-
-BUILT_IN_TEMPLATES = frozenset({"tool_chat_template_gemma4.jinja", "gemma4.jinja", "chat_template_gemma4.jinja"})
-"""File names of vLLM's examples; they stand for the built-in template, which is the published one."""
+from . import flag_values
+from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +67,21 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str] | Non
 
 
 def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[str]) -> ServeSettings:
-    template = _template(read.chat_template, notices)
+    template = flag_values.template(read.chat_template, notices)
     engine = {
         "max_num_seqs": read.max_num_seqs,
         "max_num_batched_tokens": read.max_num_batched_tokens,
         "block_size": read.block_size,
         "gpu_memory_utilization": read.gpu_memory_utilization,
-        "kv_cache_dtype": _kv_dtype(read.kv_cache_dtype),
+        "kv_cache_dtype": flag_values.kv_dtype(read.kv_cache_dtype),
         "kv_cache_memory_bytes": read.kv_cache_memory_bytes,
         "enable_prefix_caching": read.enable_prefix_caching,
     }
-    limits = {**_media_limits(read.limit_mm_per_prompt), **limits}
+    limits = {**flag_values.media_limits(read.limit_mm_per_prompt), **limits}
     server = {
         "host": read.host,
         "port": read.port,
-        "api_keys": _keys(read.api_key, read.api_key_file),
+        "api_keys": flag_values.keys(read.api_key, read.api_key_file),
         "allowed_origins": tuple(read.allowed_origins or ()),
         "max_body_bytes": None if read.max_body_mib is None else int(read.max_body_mib * (1 << 20)),
         "max_waiting": read.max_waiting,
@@ -94,19 +90,20 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         "drain": read.drain,
         "responses_kept": read.responses_kept,
         "log_prompts": read.enable_log_requests,
+        **flag_values.template_defaults(read.default_chat_template_kwargs),
         "media_limits": dict.fromkeys(("image", "video", "audio"), 0) if read.language_model_only else limits,
     }
     return ServeSettings(
         model=read.model if read.model is not None else read.model_flag,
         device=read.device,
         dtype={"half": "float16", "float": "float32"}.get(read.dtype, read.dtype),
-        quantization=_quantization(read.quantization, notices),
-        max_model_len=_length(read.max_model_len),
+        quantization=flag_values.quantization(read.quantization, notices),
+        max_model_len=flag_values.length(read.max_model_len),
         engine=_given(engine),
         server=_given(server),
         names=tuple(read.served_model_name or ()),
         chat_template=template,
-        media_options=_media_options(read.mm_processor_kwargs),
+        media_options=flag_values.media_options(read.mm_processor_kwargs, read.max_image_tokens),
         media={
             "folder": read.allowed_local_media_path,
             "max_bytes": int(read.max_media_mib * (1 << 20)),
@@ -118,6 +115,10 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         log_level=read.log_level,
         notices=tuple(notices),
     )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -135,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "half", "float16", "float", "float32"])
     add("--chat-template", metavar="FILE", help="a Jinja template instead of the checkpoint's")
+    add(
+        "--default-chat-template-kwargs", metavar="JSON", help='for requests that don\'t say: {"enable_thinking": true}'
+    )
 
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
@@ -143,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, metavar="N", help="most replies that run at once")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens per step")
     add("--block-size", type=int, metavar="N", help="tokens per page")
-    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="of an accelerator's memory")
-    add("--kv-cache-dtype", metavar="TYPE", help="auto, fp8 or int8")
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help="most of the device's memory to use, as 0.9")
+    add("--kv-cache-dtype", metavar="TYPE", help="of pages that see the whole context: auto, fp8, int8")
     add("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="most memory for pages")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="on unless switched off")
     add("--loop-guard", type=int, default=200, metavar="N", help="end a reply whose last N tokens repeat; 0: never")
@@ -194,18 +198,6 @@ def _parser() -> argparse.ArgumentParser:
 class _Refused(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         raise InputError(f"{option_string}: {REFUSED[option_string or '']}.")
-
-
-def _quantization(value: str, notices: list[str]) -> str:
-    if value in STORED_QUANTIZATION:
-        notices.append(f"--quantization {value}: A quantised checkpoint says itself how it is quantised.")
-        return "none"
-    if value not in ("auto", "none", *QUANTIZED):
-        raise InputError(
-            f"--quantization {value}: only {' and '.join(QUANTIZED)} can be made while loading; else load a "
-            "checkpoint that is quantised already."
-        )
-    return value
 
 
 def _fixed_notices(arguments: Sequence[str]) -> list[str]:
@@ -261,16 +253,10 @@ def _limits_with_dots(arguments: Sequence[str]) -> tuple[list[str], dict[str, in
         head, equals, value = queue.pop(0).partition("=")
         if head.startswith("--limit-mm-per-prompt."):
             text = value if equals else (queue.pop(0) if queue else "")
-            limits |= _media_limits(json.dumps({head.rpartition(".")[2]: _number(text, head)}))
+            limits |= flag_values.media_limits(json.dumps({head.rpartition(".")[2]: flag_values.number(text, head)}))
         else:
             rest.append(head + equals + value)
     return rest, limits
-
-
-def _number(text: str, flag: str) -> int:
-    if not text.isdigit():
-        raise InputError(f"{flag} is {text!r}, but must be a number.")
-    return int(text)
 
 
 def _config_file(arguments: Sequence[str]) -> Path | None:
@@ -317,88 +303,3 @@ def _as_arguments(key: str, value: Any, origin: str, parser: argparse.ArgumentPa
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={json.dumps(value) if isinstance(value, Mapping) else value}"]
-
-
-# Values -------------------------------------------------------------------------------------------------------------
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _length(text: str | None) -> int | None:
-    """`32768`, `32k` (thousands), `32K` (1024s), `auto`; as vLLM reads them."""
-    if text is None or text in ("auto", "-1"):
-        return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text)
-    if found is None:
-        raise InputError(f"--max-model-len is {text!r}, but must be a number of tokens like 32768, 32k or 32K.")
-    scale = {"": 1, "k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20}[found[2]]
-    return int(float(found[1]) * scale)
-
-
-def _kv_dtype(text: str | None) -> str | None:
-    same = {None: None, "auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "int8": "int8", "bfloat16": "auto"}
-    if text not in same:
-        raise InputError(f"--kv-cache-dtype is {text!r}, but must be auto, fp8 (e4m3) or int8.")
-    return same[text]
-
-
-def _template(text: str | None, notices: list[str]) -> Path | None:
-    if text is None:
-        return None
-    if Path(text).name in BUILT_IN_TEMPLATES and not Path(text).exists():
-        notices.append(f"--chat-template {text}: the built-in template is the published one and is used.")
-        return None
-    if not Path(text).is_file():
-        raise InputError(f"--chat-template names {text!r}, which is no file.")
-    return Path(text)
-
-
-def _json(text: str, flag: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{flag} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{flag} must be a JSON object.")
-    return value
-
-
-def _media_limits(text: str | None) -> dict[str, int]:
-    """Most parts per request by kind. Also the older spelling `image=4,audio=1`, and vLLM's objects with a count."""
-    if text is None:
-        return {}
-    flag = "--limit-mm-per-prompt"
-    if "{" in text:
-        pairs = _json(text, flag)
-    else:
-        pairs = {kind: _number(count, flag) for kind, _, count in (pair.partition("=") for pair in text.split(","))}
-    limits: dict[str, int] = {}
-    for kind, count in pairs.items():
-        count = count.get("count", 999) if isinstance(count, dict) else count
-        if kind not in ("image", "video", "audio") or not isinstance(count, int) or count < 0:
-            raise InputError(f"{flag} holds {kind!r}: {count!r}, but needs image, video or audio with a number.")
-        limits[kind] = count
-    return limits
-
-
-def _media_options(text: str | None) -> dict[str, Any]:
-    options = _json(text, "--mm-processor-kwargs") if text else {}
-    known = {"max_soft_tokens", "fps", "num_frames", "max_frames"}
-    for name in options:
-        if name not in known:
-            raise InputError(f"--mm-processor-kwargs holds {name!r}, but known are {', '.join(sorted(known))}.")
-    return options
-
-
-def _keys(keys: Sequence[str] | None, path: Path | None) -> tuple[str, ...]:
-    found = [key for key in keys or () if key]
-    if path is not None:
-        try:
-            found += [line.strip() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
-        except OSError as error:
-            raise InputError(f"--api-key-file {path} can't be read ({error.strerror}).") from error
-        if not found:
-            raise InputError(f"--api-key-file {path} holds no key.")
-    return tuple(found)

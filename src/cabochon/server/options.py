@@ -33,6 +33,10 @@ class ServerOptions:
     """How long running replies may go on after SIGTERM."""
     responses_kept: int = 1000
     """Responses that can be continued or fetched, the latest first to stay."""
+    thinking: bool | None = None
+    """Whether the model thinks before it answers where a request doesn't say; None: as the template says."""
+    preserve_thinking: bool = False
+    """Earlier thoughts stay in every conversation."""
     log_prompts: bool = False
     media_limits: Mapping[str, int] = field(default_factory=dict)
     """Most parts of a kind (image, video, audio) in one request; a kind that isn't named has no limit."""

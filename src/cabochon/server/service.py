@@ -56,6 +56,7 @@ class Service:
 
     async def render(self, ask: Ask) -> Prompt:
         """The conversation as token ids, media as placeholders."""
+        ask = self._settled(ask)
         render = partial(
             self.llm.render,
             ask.messages,
@@ -67,6 +68,7 @@ class Service:
 
     async def chat(self, ask: Ask, identity: str) -> AsyncGenerator[Chunk]:
         """The chunks of all replies; closing the iterator frees their pages at the next step."""
+        ask = self._settled(ask)
         self._check_media(ask)
         with self._admitted(ask.params.n):
             rules, afterwards = await asyncio.to_thread(self.constrainer.rules, ask)
@@ -131,6 +133,13 @@ class Service:
             count = kinds.count(kind)
             if count > most:
                 raise RequestError(f"messages hold {count} {kind} parts, but {most} is the most.", "messages")
+
+    def _settled(self, ask: Ask) -> Ask:
+        """With this server's defaults where the request doesn't say."""
+        thinking = self.options.thinking if ask.thinking is None else ask.thinking
+        return replace(
+            ask, thinking=thinking, preserve_thinking=ask.preserve_thinking or self.options.preserve_thinking
+        )
 
     def _bounded(self, params: SamplingParams) -> SamplingParams:
         most = self.options.max_output_tokens

@@ -1,0 +1,137 @@
+"""What the values of `cabochon serve`'s flags mean. Every function raises `InputError` with one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..formats import QUANTIZED
+from .vllm_flags import STORED_QUANTIZATION
+
+BUILT_IN_TEMPLATES = frozenset({"tool_chat_template_gemma4.jinja", "gemma4.jinja", "chat_template_gemma4.jinja"})
+"""File names of vLLM's examples; they stand for the built-in template, which is the published one."""
+
+
+def quantization(value: str, notices: list[str]) -> str:
+    if value in STORED_QUANTIZATION:
+        notices.append(f"--quantization {value}: A quantised checkpoint says itself how it is quantised.")
+        return "none"
+    if value not in ("auto", "none", *QUANTIZED):
+        raise InputError(
+            f"--quantization {value}: only {' and '.join(QUANTIZED)} can be made while loading; else load a "
+            "checkpoint that is quantised already."
+        )
+    return value
+
+
+def length(text: str | None) -> int | None:
+    """`32768`, `32k` (thousands), `32K` (1024s), `auto`; as vLLM reads them."""
+    if text is None or text in ("auto", "-1"):
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text)
+    if found is None:
+        raise InputError(f"--max-model-len is {text!r}, but must be a number of tokens like 32768, 32k or 32K.")
+    scale = {"": 1, "k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20}[found[2]]
+    return int(float(found[1]) * scale)
+
+
+def kv_dtype(text: str | None) -> str | None:
+    same = {None: None, "auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "int8": "int8", "bfloat16": "auto"}
+    if text not in same:
+        raise InputError(f"--kv-cache-dtype is {text!r}, but must be auto, fp8 (e4m3) or int8.")
+    return same[text]
+
+
+def template(text: str | None, notices: list[str]) -> Path | None:
+    if text is None:
+        return None
+    if Path(text).name in BUILT_IN_TEMPLATES and not Path(text).exists():
+        notices.append(f"--chat-template {text}: the built-in template is the published one and is used.")
+        return None
+    if not Path(text).is_file():
+        raise InputError(f"--chat-template names {text!r}, which is no file.")
+    return Path(text)
+
+
+def _json(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{flag} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{flag} must be a JSON object.")
+    return value
+
+
+def media_limits(text: str | None) -> dict[str, int]:
+    """Most parts per request by kind. Also the older spelling `image=4,audio=1`, and vLLM's objects with a count."""
+    if text is None:
+        return {}
+    flag = "--limit-mm-per-prompt"
+    if "{" in text:
+        pairs = _json(text, flag)
+    else:
+        pairs = {kind: number(count, flag) for kind, _, count in (pair.partition("=") for pair in text.split(","))}
+    limits: dict[str, int] = {}
+    for kind, count in pairs.items():
+        count = count.get("count", 999) if isinstance(count, dict) else count
+        if kind not in ("image", "video", "audio") or not isinstance(count, int) or count < 0:
+            raise InputError(f"{flag} holds {kind!r}: {count!r}, but needs image, video or audio with a number.")
+        limits[kind] = count
+    return limits
+
+
+def media_options(text: str | None, cap: int) -> dict[str, Any]:
+    """Defaults for parts; they must lie within the server's own cap."""
+    flag = "--mm-processor-kwargs"
+    options = _as_in_requests(text, "MediaKwargs", flag)
+    if options.get("max_soft_tokens", 0) > cap:
+        raise InputError(f"{flag} asks for {options['max_soft_tokens']} tokens, but --max-image-tokens is {cap}.")
+    return options
+
+
+def template_defaults(text: str | None) -> dict[str, Any]:
+    """Whether the model thinks, and keeps its earlier thoughts, where a request doesn't say."""
+    options = _as_in_requests(text, "TemplateKwargs", "--default-chat-template-kwargs")
+    return {name.removeprefix("enable_"): value for name, value in options.items()}
+
+
+def _as_in_requests(text: str | None, kind: str, flag: str) -> dict[str, Any]:
+    """Options as a request may hold them; here, where nobody ignores them, an unknown one is an error."""
+    if text is None:
+        return {}
+    from pydantic import ValidationError  # here, so that other commands need no server
+
+    from ..server import wire
+    from ..server.faults import wire_fault
+
+    options, model = _json(text, flag), getattr(wire, kind)
+    for name in options:
+        if name not in model.model_fields:
+            raise InputError(f"{flag} holds {name!r}, but known are {', '.join(sorted(model.model_fields))}.")
+    try:
+        return dict(model.model_validate(options).model_dump(exclude_none=True))
+    except ValidationError as error:
+        raise InputError(f"{flag}: {wire_fault(error.errors())[0]}") from None
+
+
+def keys(keys: Sequence[str] | None, path: Path | None) -> tuple[str, ...]:
+    found = [key for key in keys or () if key]
+    if path is not None:
+        try:
+            found += [line.strip() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
+        except OSError as error:
+            raise InputError(f"--api-key-file {path} can't be read ({error.strerror}).") from error
+        if not found:
+            raise InputError(f"--api-key-file {path} holds no key.")
+    return tuple(found)
+
+
+def number(text: str, flag: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"{flag} is {text!r}, but must be a number.")
+    return int(text)
