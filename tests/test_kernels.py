@@ -262,3 +262,38 @@ def test_gradients_take_the_reference(random):
         x = torch.randn(3, 8, generator=random, requires_grad=True)
         ops.linear(x, torch.randn(4, 8)).sum().backward()
         assert x.grad is not None
+
+
+def numbers(rows, width, random):
+    """Rows in random order, one rising, one of few values, one nearly all forbidden, one with what is not a number."""
+    x = torch.randn(rows, width, generator=random)
+    x[0] = x[0].sort().values
+    x[1] = x[1].round()
+    x[1][x[1] == 0] *= torch.randint(0, 2, (int((x[1] == 0).sum()),), generator=random) * -2.0 + 1  # zeros of both signs
+    x[2, torch.rand(width, generator=random) < 0.99] = -torch.inf
+    x[3, torch.rand(width, generator=random) < 3 / width] = torch.nan
+    x[4] = -torch.inf
+    x[4, width // 2] = torch.inf
+    return x
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 130, 1000, 4096, 70_001, 262_144])
+@pytest.mark.parametrize("k", [1, 5, 64, 1024])
+def test_largest(width, k, random):
+    x = numbers(6, width, random)
+    values, places = x.sort(dim=-1, descending=True, stable=True)
+    for op in (cpu, reference):
+        got = op.largest(x, k)
+        assert torch.equal(got[1], places[:, :k])
+        assert torch.equal(got[0].nan_to_num(7.0), values[:, :k].nan_to_num(7.0))
+    wide = torch.cat([x, x], 1)[:, width:]
+    assert torch.equal(ops.largest(wide, k)[1], places[:, :k])
+
+
+def test_largest_of_nothing_and_in_other_types(random):
+    x = numbers(5, 700, random)
+    assert ops.largest(x[:0], 3)[0].shape == (0, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        values, places = ops.largest(x.to(dtype), 3)
+        assert values.dtype == dtype
+        assert torch.equal(x.to(dtype).gather(1, places).nan_to_num(7.0), values.nan_to_num(7.0))

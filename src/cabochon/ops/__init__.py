@@ -30,6 +30,7 @@ __all__ = [
     "experts",
     "gated_mlp",
     "head",
+    "largest",
     "linear",
     "reference",
     "rms_norm",
@@ -71,3 +72,4 @@ experts = _by(0, reference.experts)
 store = _by(1, reference.store)
 attend = _by(0, reference.attend)
 head = _by(0, reference.head)
+largest = _by(0, reference.largest)

@@ -65,6 +65,7 @@ def attend(
 def attend_all(
     q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
 ) -> None: ...
+def largest(x: int, count: int, width: int, stride: int, k: int, values: int, places: int, /) -> None: ...
 def quantize(
     x: int,
     dtype: int,

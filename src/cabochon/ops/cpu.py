@@ -254,6 +254,15 @@ def attend(
     return out
 
 
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if x.dtype != torch.float32 or x.numel() == 0:
+        return reference.largest(x, k)
+    x, k = _rows(x), min(k, x.shape[1])
+    values, places = torch.empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long)
+    _cpu.largest(x.data_ptr(), *x.shape, x.stride(0), k, values.data_ptr(), places.data_ptr())
+    return values, places
+
+
 def _stored(pages: Pages | None) -> tuple[Tensor | None, Tensor | None, int]:
     """Rows, their scales if they are kept in 8 bits, and where the second scale begins."""
     if isinstance(pages, ScaledPages):

@@ -89,6 +89,9 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     return y
 
 
+largest = reference.largest
+
+
 def route(
     x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:

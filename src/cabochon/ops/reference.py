@@ -239,3 +239,21 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     logits = linear(x, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` >= 1 largest numbers of each row of `x` [R, V], descending, and their places: two of [R, min(k, V)].
+
+    Of equal numbers the earlier goes first; NaN goes before all. A long row is not sorted: the best k lie in those k of
+    its blocks whose largest numbers are the best, and these are found the same way.
+    """
+    rows, width = x.shape
+    size = min(64, 1 << (width // (4 * k)).bit_length() >> 1)
+    if size < 4 or width % size:
+        values, places = x.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], places[:, :k]
+    blocks = x.reshape(rows, -1, size)
+    best = largest(blocks.amax(-1), k)[1].sort(-1).values  # [R, k]
+    inside = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1)  # [R, k * size]
+    values, at = largest(inside, k)
+    return values, best.gather(1, at // size) * size + at % size

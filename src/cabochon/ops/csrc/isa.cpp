@@ -1,5 +1,6 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
 #include "attend_all.h"
+#include "largest.h"
 #include "packing.h"
 
 #define TEXT(x) #x
@@ -7,5 +8,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, quantize, pack};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack};
 }  // namespace cabochon

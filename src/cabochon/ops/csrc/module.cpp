@@ -160,6 +160,11 @@ void attend_all(Address q, Address k, Address v, Address out, int dtype, long ba
     call(active->attend_all, op, 1e9);
 }
 
+void largest(Address x, long count, long width, long stride, long k, Address values, Address places) {
+    const Largest op{rows(x, FLOAT32, count, width, stride), k, reinterpret_cast<float*>(values), reinterpret_cast<int64_t*>(places)};
+    call(active->largest, op, double(count) * width);
+}
+
 void quantize(Address x, int dtype, long count, long width, long stride, int format, bool panels, Address codes, Address scales) {
     const Packing op{rows(x, dtype, count, width, stride), nullptr, Format(format), panels,
                      reinterpret_cast<void*>(codes), reinterpret_cast<void*>(scales)};
@@ -191,6 +196,7 @@ NB_MODULE(_cpu, m) {
     m.def("store", store);
     m.def("attend", attend);
     m.def("attend_all", attend_all);
+    m.def("largest", largest);
     m.def("quantize", quantize);
     m.def("pack", pack);
     m.def("huge_pages", huge_pages);

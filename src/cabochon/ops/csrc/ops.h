@@ -102,6 +102,13 @@ struct Packing {
     void* scales;
 };
 
+struct Largest {
+    Rows x;  // float32
+    long k;  // 1 to x.width
+    float* values;    // [R, k]
+    int64_t* places;  // [R, k]
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -112,6 +119,7 @@ struct Ops {
     void (*store)(const Store&);
     void (*attend)(const Attend&);
     void (*attend_all)(const AttendAll&);
+    void (*largest)(const Largest&);
     void (*quantize)(const Packing&);
     void (*pack)(const Packing&);
 };
