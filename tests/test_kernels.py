@@ -268,8 +268,7 @@ def numbers(rows, width, random):
     """Rows in random order, one rising, one of few values, one nearly all forbidden, one with what is not a number."""
     x = torch.randn(rows, width, generator=random)
     x[0] = x[0].sort().values
-    x[1] = x[1].round()
-    x[1][x[1] == 0] *= torch.randint(0, 2, (int((x[1] == 0).sum()),), generator=random) * -2.0 + 1  # zeros of both signs
+    x[1] = x[1].round()  # zeros of both signs among them
     x[2, torch.rand(width, generator=random) < 0.99] = -torch.inf
     x[3, torch.rand(width, generator=random) < 3 / width] = torch.nan
     x[4] = -torch.inf

@@ -5,13 +5,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cabochon.engine import sampler
 from cabochon.engine.request import Request, SamplingParams
 from cabochon.engine.track import Track
+from cabochon.ops import cpu
 
 VOCAB = 512
 
@@ -52,17 +51,6 @@ def test_draws_follow_the_references_distribution(temperature, top_k, top_p, min
     assert not seen[(expected == 0).numpy()].any(), "a token was drawn that is cut off"
     assert np.abs(seen - expected.numpy()).sum() < 3 * np.sqrt(VOCAB / count)
     assert seen[int(expected.argmax())] == pytest.approx(float(expected.max()), abs=0.02)
-
-
-@settings(max_examples=60, deadline=None, database=None)
-@given(st.integers(0, 2**32), st.integers(1, 70), st.sampled_from([320, 4096, 16384 * 4]))
-def test_the_largest_are_found_without_sorting(seed, k, vocab):
-    logits = row(seed, vocab)[None].repeat(2, 1)
-    logits[1] = logits[1].round()  # many equal values
-    values, ids = sampler.largest(logits, k)
-    assert torch.equal(values, logits.sort(-1, descending=True).values[:, :k])
-    assert torch.equal(logits.gather(1, ids), values)
-    assert all(len(set(line)) == k for line in ids.tolist())
 
 
 def test_a_draw_depends_on_nothing_but_its_own_row():
@@ -126,23 +114,27 @@ def test_suppressed_tokens_are_never_drawn():
 
 
 def cost_in_passes(repeats):
-    """What drawing 64 tokens from 262,144 logits costs, in passes: torch's time to look at each logit once.
+    """What drawing 64 tokens from 262,144 logits costs, in passes: torch's time to find the largest logit of each row.
 
-    The two alternate, so that they find the same caches and neighbours; the time is that of the thread, which on a
-    crowded machine is not the time on the wall.
+    The two alternate on one thread, so that they find the same caches and neighbours; the time is that of the thread,
+    which on a crowded machine is not the time on the wall.
     """
     logits = torch.randn(64, 262_144)
     params = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
     many = tracks(params, 64)
     passes, draws = [], []
-    for _ in range(repeats):
-        times = [time.thread_time()]
-        logits.amax(-1)
-        times.append(time.thread_time())
-        sampler.draw(logits, many)
-        times.append(time.thread_time())
-        passes.append(times[1] - times[0])
-        draws.append(times[2] - times[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for _ in range(repeats):
+            times = [time.thread_time()]
+            logits.amax(-1)
+            times.append(time.thread_time())
+            sampler.draw(logits, many)
+            times.append(time.thread_time())
+            passes.append(times[1] - times[0])
+            draws.append(times[2] - times[1])
+    torch.set_num_threads(threads)
     print(f"one pass {min(passes) * 1e3:.1f} ms, sampling {min(draws) * 1e3:.1f} ms")
     return min(draws) / min(passes)
 
@@ -152,7 +144,8 @@ def test_sampling_does_not_sort_the_vocabulary():
 
 
 @pytest.mark.slow
-def test_sampling_costs_three_passes_over_the_logits_at_most():
+@pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
+def test_sampling_costs_two_passes_over_the_logits_at_most():
     ratio = cost_in_passes(50)
     print(f"ratio {ratio:.2f}")
-    assert ratio <= 3.2
+    assert ratio <= 2.0

@@ -3,9 +3,6 @@
 Order, as the reference has it: penalties, bias and constraint, temperature, top-k, top-p, min-p. A row's draw depends
 on its logits, its parameters, its seed and the place in its reply, and on nothing else: one uniform number per token
 comes from a hash of seed and place, and picks from the cumulated probabilities in descending order.
-
-The best k of a long row are found without sorting it: they lie in the k blocks with the largest maxima, and those are
-found the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..ops import largest
 from .request import TokenLogprob
 from .track import Track
 
@@ -82,23 +80,6 @@ def score(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogpr
         TokenLogprob(token, mine, tuple(zip(alternatives[:top], logprobs[:top], strict=True)))
         for token, top, (mine, logprobs, alternatives) in zip(tokens, tops, pairs, strict=True)
     ]
-
-
-def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row [L, V], descending, and their ids: one pass over the logits and small change."""
-    rows, vocab = logits.shape
-    k = min(k, vocab)
-    bits = min(6, int(math.log2(max(1, vocab / (4 * k)))))
-    size = 1 << bits
-    if bits < 2 or vocab % size:
-        values, ids = logits.topk(k, -1)
-        return values, ids
-    blocks = logits.contiguous().view(-1, size)
-    _, best = largest(blocks.amax(-1).view(rows, -1), k)  # [L, k]
-    first = torch.arange(0, len(blocks), vocab >> bits, device=logits.device)
-    inside = blocks.index_select(0, (best + first[:, None]).view(-1)).view(rows, -1)  # [L, k * size]
-    values, at = largest(inside, k)
-    return values, (best.gather(1, at >> bits) << bits) + (at & (size - 1))
 
 
 # Penalties, bias, constraint ------------------------------------------------------------------------------------------
@@ -170,7 +151,7 @@ def _sample(logits: Tensor, tracks: list[Track]) -> tuple[Tensor, Tensor]:
         row = logits[i : i + 1]
         values, ids = largest(row, NARROW)
         if not _enough(row, values, settings[:, i]):
-            values, ids = row.sort(-1, descending=True)
+            values, ids = largest(row, vocab)
         token[i], best[i] = _pick(values, ids, settings[:, i : i + 1])[0], values[0, 0]
     return token, best
 

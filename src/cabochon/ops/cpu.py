@@ -259,7 +259,7 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return reference.largest(x, k)
     x, k = _rows(x), min(k, x.shape[1])
     values, places = torch.empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long)
-    _cpu.largest(x.data_ptr(), *x.shape, x.stride(0), k, values.data_ptr(), places.data_ptr())
+    _cpu.largest(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), k, values.data_ptr(), places.data_ptr())
     return values, places
 
 
