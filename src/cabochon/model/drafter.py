@@ -1,0 +1,145 @@
+"""The drafter of multi-token prediction: four small layers that guess the tokens after the last one.
+
+Unusual: it has no keys and values. Its sliding layers read the rows that the target's last sliding owner stored, its
+global layer those of the last global owner, so a burst of guesses stores nothing, advances nothing, and asks from one
+place: the position of the newest token, which the target has not read yet.
+
+On sliding layers a guess sees the last `window` stored rows. (The reference implementation's mask lets one more through
+where its cache still holds it; a guess gets no better or worse by that, and no page has to be kept for it.)
+
+Letters: Q query rows (one per request when serving), D the drafter's width, B the target's, V tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import DrafterConfig, Kind, ModelConfig
+from ..ops.views import Pages, Past, Rows
+from .layers import Embedding, Linear, RMSNorm, rope_angles
+from .text import Angles, Layer, Text, join_rotated
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a drafter sees of its target: rows of this step, pages of what came before, or both."""
+
+    rows: Rows
+    """`position` [Q] is the last stored token of each request; the newest token stands one place further."""
+    start: Tensor
+    """[R + 1] int32, request r owns rows start[r] .. of `step`."""
+    context: Tensor
+    """[R] int32, tokens of each request that lie in pages."""
+    step: Mapping[Kind, Tensor]
+    """[T, K, W] of the target's last owner of each kind; T may be 0."""
+    pages: Mapping[Kind, Pages] = field(default_factory=dict)
+    past: Mapping[Kind, Past] = field(default_factory=dict)
+    k_weight: Mapping[Kind, Tensor] = field(default_factory=dict)
+    """The key norm's weight of the owner, for targets whose value is the key (see `Attention.queries`)."""
+
+
+class OrderedEmbedding(nn.Module):
+    """A head in two steps: the nearest clusters of tokens, then only the tokens in them."""
+
+    token_ordering: Tensor
+
+    def __init__(self, config: DrafterConfig, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.nearest = config.centroid_intermediate_top_k
+        self.centroids = Linear(width, config.num_centroids)
+        self.register_buffer("token_ordering", torch.zeros(vocab_size, dtype=torch.long))
+
+    def candidates(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """[Q, D] -> token ids [Q, C] of the nearest clusters, and their logits [Q, C]."""
+        scores = self.centroids(x)
+        clusters = self.token_ordering.view(scores.shape[-1], -1)
+        ids = clusters[scores.topk(self.nearest, -1).indices].flatten(1)
+        return ids, (table[ids] @ x[..., None]).squeeze(-1)
+
+
+class Drafter(nn.Module):
+    """An assistant checkpoint. Attribute names are its file's without the leading `model.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.drafter is not None
+        text, width, backbone = config.text, config.text.hidden_size, config.drafter.backbone_hidden_size
+        self.config = config
+        self.embed_tokens = Embedding(text.vocab_size, width)
+        self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(s, width, text.rms_norm_eps) for s in text.layers))
+        self.norm = RMSNorm(width, text.rms_norm_eps)
+        self.pre_projection = Linear(2 * backbone, width)
+        self.post_projection = Linear(width, backbone)
+        self.masked_embedding: OrderedEmbedding | None = None
+        if config.drafter.use_ordered_embeddings:
+            self.masked_embedding = OrderedEmbedding(config.drafter, text.vocab_size, width)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
+        """The scaled embeddings of the newest tokens and the hidden states before them, each [Q, B].
+
+        The first guess takes the target's normed hidden state of the last stored token, later ones the second result
+        of the one before. Returns the normed state [Q, D] for `logits`, and the hidden state [Q, B] for the next guess.
+        """
+        x = self.pre_projection(torch.cat([embedded, hidden], -1))
+        angles = self._angles(stored.rows.position + 1, x.dtype)
+        for layer in self.layers:
+            x = x + layer.post_attention_layernorm(self._attend(layer, x, stored, angles[layer.spec.kind]))
+            x = layer.feed_forward(x) * layer.layer_scalar
+        x = self.norm(x)
+        return x, self.post_projection(x)
+
+    def _attend(self, layer: Layer, x: Tensor, stored: Stored, angles: Angles) -> Tensor:
+        spec, attn = layer.spec, layer.self_attn
+        out = ops.attend(
+            attn.queries(layer.input_layernorm(x), angles, stored.k_weight.get(spec.kind)),
+            stored.step[spec.kind],
+            stored.pages.get(spec.kind),
+            stored.rows,
+            stored.start,
+            stored.context,
+            stored.past.get(spec.kind),
+            key_offset=attn.key_offset,
+            value_offset=attn.value_offset,
+            window=spec.window,
+        )
+        if spec.k_eq_v:
+            out = join_rotated(out, spec.rope.rotated)
+        attended: Tensor = attn.o_proj(out.flatten(-2))
+        return attended
+
+    def _angles(self, position: Tensor, dtype: torch.dtype) -> dict[Kind, Angles]:
+        first = {spec.kind: spec for spec in self.config.text.layers}
+        return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[Q, D] -> [Q, V]; tokens outside the nearest clusters get one less than the least of those inside."""
+        table = cast(Tensor, self.embed_tokens.weight)
+        if self.masked_embedding is None:
+            return ops.head(x, table, None)
+        ids, scores = self.masked_embedding.candidates(x, table)
+        out = (scores.amin(-1, keepdim=True) - 1.0).expand(-1, table.shape[0])
+        return out.scatter(-1, ids, scores)
+
+    def likeliest(self, x: Tensor) -> Tensor:
+        """[Q, D] -> token ids [Q]."""
+        table = cast(Tensor, self.embed_tokens.weight)
+        if self.masked_embedding is None:
+            return ops.head(x, table, None).argmax(-1)
+        ids, scores = self.masked_embedding.candidates(x, table)
+        return ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def burst(self, target: Text, newest: Tensor, hidden: Tensor, stored: Stored, count: int) -> Tensor:
+        """`count` greedy guesses [Q, count] after the `newest` tokens [Q]; `hidden` [Q, B] as in `forward`."""
+        scale, guesses = math.sqrt(target.config.hidden_size), []
+        for _ in range(count):
+            x, hidden = self(target.embed_tokens(newest, scale), hidden, stored)
+            newest = self.likeliest(x)
+            guesses.append(newest)
+        return torch.stack(guesses, -1)
