@@ -36,26 +36,19 @@ def stored_rows(size: str, ids: list[int]) -> tuple[Stored, torch.Tensor]:
     from cabochon.model.batch import whole_sequences
 
     model = toy_model(size, dtype=torch.float64)
-    rows: dict[str, torch.Tensor] = {}
-    weights: dict[str, torch.Tensor] = {}
+    normed: dict[int, torch.Tensor] = {}
     text = model.language_model
     batch = whole_sequences([torch.tensor(ids)])
+    owners = {layer.spec.kind: layer for layer in text.layers if layer.spec.owns_kv}
+    hooks = [
+        owner.input_layernorm.register_forward_hook(lambda _m, _in, out, at=owner.spec.index: normed.update({at: out}))
+        for owner in owners.values()
+    ]
     with torch.no_grad():
-        angles = text._angles(batch.rows.position, torch.float64)
-        hooks = [
-            layer.input_layernorm.register_forward_hook(
-                lambda _module, _inputs, normed, layer=layer: (
-                    (
-                        rows.update({layer.spec.kind: layer.self_attn.kv_rows(normed, angles[layer.spec.kind])}),
-                        weights.update({layer.spec.kind: layer.self_attn.k_norm.weight}),
-                    )
-                    and None
-                )
-            )
-            for layer in text.layers
-            if layer.spec.owns_kv
-        ]
         hidden = text.hidden(batch)[-1:]
+        angles = text._angles(batch.rows.position, torch.float64)
+        rows = {kind: owner.self_attn.kv_rows(normed[owner.spec.index], angles[kind]) for kind, owner in owners.items()}
+    weights = {kind: owner.self_attn.k_norm.weight for kind, owner in owners.items()}
     for hook in hooks:
         hook.remove()
     last = torch.tensor([len(ids) - 1], dtype=torch.int32)

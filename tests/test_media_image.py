@@ -136,3 +136,12 @@ def test_budget_and_the_cap():
         image.choose_budget(480, 640, {"max_soft_tokens": 100}, 1120)
     with pytest.raises(MediaError, match="low, high or auto"):
         image.choose_budget(480, 640, {"detail": "ultra"}, 1120)
+
+
+def test_a_checkpoint_with_a_budget_of_its_own_knows_no_other():
+    for options in ({}, {"detail": "low"}, {"detail": "high"}, {"detail": "auto"}, {"max_soft_tokens": 16}):
+        assert image.choose_budget(480, 640, options, 1120, usual=16) == 16
+    with pytest.raises(MediaError, match="max_soft_tokens is 70, but must be one of 16"):
+        image.choose_budget(480, 640, {"max_soft_tokens": 70}, 1120, usual=16)
+    assert image.choose_budget(480, 640, {}, 1120, usual=70) == 70
+    assert image.choose_budget(480, 640, {"max_soft_tokens": 560}, 1120, usual=70) == 560

@@ -61,6 +61,8 @@ class Senses:
         self.tokenizer = tokenizer
         self.policy = policy
         self.tile = image.TILE if isinstance(config.vision, UnifiedVisionConfig) else image.TILE // 3
+        self.budget = config.vision.soft_tokens if config.vision else image.DEFAULT_BUDGET
+        """Soft tokens of a picture that doesn't say."""
         self.tower = isinstance(config.audio, AudioConfig)
         self.kinds = {kind for kind in VERBS if (config.audio if kind == "audio" else config.vision) is not None}
 
@@ -145,7 +147,8 @@ class Senses:
 
     def _image(self, data: bytes, options: dict[str, Any]) -> Piece:
         pixels = image.open_image(data, self.policy.max_pixels)
-        budget = image.choose_budget(pixels.shape[0], pixels.shape[1], options, self.policy.max_image_tokens)
+        height, width = pixels.shape[:2]
+        budget = image.choose_budget(height, width, options, self.policy.max_image_tokens, self.budget)
         return self._picture("image", image.resize(pixels, budget))
 
     def _picture(self, kind: str, resized: image.Pixels, stamp: str = "") -> Piece:
@@ -154,9 +157,9 @@ class Senses:
 
     def _video(self, data: bytes, options: dict[str, Any]) -> Iterator[Piece]:
         policy = self.policy
-        budget = video.DEFAULT_BUDGET
+        budget = min(video.DEFAULT_BUDGET, self.budget)
         if "max_soft_tokens" in options or "detail" in options:
-            budget = image.choose_budget(10**5, 10**5, options, policy.max_image_tokens)
+            budget = image.choose_budget(10**5, 10**5, options, policy.max_image_tokens, self.budget)
         frames = options.get("max_frames", options.get("num_frames"))
         sampling = video.Sampling(
             _number(options, "max_frames", frames, 1, policy.max_frames, whole=True) or video.DEFAULT_FRAMES,

@@ -114,25 +114,28 @@ def soft_tokens(height: int, width: int, budget: int) -> int:
     return rows * columns // (TILE * TILE)
 
 
-def choose_budget(height: int, width: int, options: dict[str, Any], cap: int) -> int:
-    """The budget that a content part asks for: `max_soft_tokens`, or OpenAI's `detail`, or 280.
+def choose_budget(height: int, width: int, options: dict[str, Any], cap: int, usual: int = DEFAULT_BUDGET) -> int:
+    """The budget that a content part asks for: `max_soft_tokens`, or OpenAI's `detail`, or `usual`.
 
-    low is 70, high 1120, auto the smallest budget that does not shrink the picture, at most 280. low, high and auto
-    give way to `cap` (the server's `--max-image-tokens`); an explicit number above it is refused.
+    A checkpoint whose usual budget is none of the family's was trained with that one alone, and takes no other.
+
+    low is 70, high 1120, auto the smallest budget that does not shrink the picture, at most the usual one. low, high
+    and auto give way to `cap` (the server's `--max-image-tokens`); an explicit number above it is refused.
     """
-    allowed = [budget for budget in BUDGETS if budget <= cap]
+    budgets = BUDGETS if usual in BUDGETS else (usual,)
+    allowed = [budget for budget in budgets if budget <= cap]
     if not allowed:
-        raise MediaError(f"The cap on image tokens is {cap}, but the smallest budget is {BUDGETS[0]}.")
+        raise MediaError(f"The cap on image tokens is {cap}, but the smallest budget is {budgets[0]}.")
     wanted = options.get("max_soft_tokens")
     if wanted is not None:
-        if wanted not in BUDGETS or isinstance(wanted, bool):
-            raise MediaError(f"max_soft_tokens is {wanted!r}, but must be one of {', '.join(map(str, BUDGETS))}.")
+        if wanted not in budgets or isinstance(wanted, bool):
+            raise MediaError(f"max_soft_tokens is {wanted!r}, but must be one of {', '.join(map(str, budgets))}.")
         if wanted > cap:
             raise MediaError(f"max_soft_tokens is {wanted}, but this server allows at most {cap} per image.")
         return int(wanted)
     detail = options.get("detail")
     if detail is None:
-        return min(DEFAULT_BUDGET, allowed[-1])
+        return min(usual, allowed[-1])
     if detail == "low":
         return allowed[0]
     if detail == "high":
@@ -141,7 +144,7 @@ def choose_budget(height: int, width: int, options: dict[str, Any], cap: int) ->
         raise MediaError(f"detail is {detail!r}, but must be low, high or auto.")
     for budget in allowed:
         rows, columns = target_size(height, width, budget)
-        if budget >= DEFAULT_BUDGET or (rows >= height and columns >= width):
+        if budget >= usual or (rows >= height and columns >= width):
             return budget
     return allowed[-1]
 
