@@ -67,6 +67,8 @@ class Process:
         """The exit code, once the process has left."""
         code = self.popen.wait(120)
         self._reader.join(5)
+        assert self.popen.stderr
+        self.popen.stderr.close()
         return code
 
 
@@ -80,5 +82,3 @@ def serving(*arguments: str) -> Iterator[Process]:
     finally:
         process.popen.kill()
         process.code()
-        assert process.popen.stderr
-        process.popen.stderr.close()
