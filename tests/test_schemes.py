@@ -21,18 +21,24 @@ def pack(codes, order=range(8)):
     return words.where(words < 2**31, words - 2**32).to(torch.int32)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group", [32, 128])
-def test_pack_quantized(group):
+def test_pack_quantized(group, bits):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    codes = torch.randint(-8, 8, (48, 256), dtype=torch.int8)
+    least, beyond = -(1 << (bits - 1)), 1 << (bits - 1)
+    codes = torch.randint(least, beyond, (48, 256), dtype=torch.int8)
     scale = torch.rand(48, 256 // group)
-    tensors = {"weight_packed": pack_to_int32(codes, 4), "weight_shape": torch.tensor([48, 256]), "weight_scale": scale}
-    assert torch.equal(rebuild("pack-quantized", tensors), codes * scale.repeat_interleave(group, 1))
-    zero = torch.randint(-8, 8, scale.shape, dtype=torch.int8)
-    tensors["weight_zero_point"] = pack_to_int32(zero, 4, packed_dim=0)
-    expected = (codes - zero.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
-    assert torch.equal(rebuild("pack-quantized", tensors), expected)
+    tensors = {
+        "weight_packed": pack_to_int32(codes, bits),
+        "weight_shape": torch.tensor([48, 256]),
+        "weight_scale": scale,
+    }
+    assert torch.equal(rebuild("compressed-tensors", tensors), codes * scale.repeat_interleave(group, 1))
+    zero = torch.randint(least, beyond, scale.shape, dtype=torch.int8)
+    tensors["weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
+    expected = (codes.int() - zero.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+    assert torch.equal(rebuild("compressed-tensors", tensors), expected)
 
 
 @pytest.mark.parametrize("scale_shape", [(1,), (40, 1), (40, 2), (3, 2)], ids=["tensor", "row", "group", "block"])
@@ -43,7 +49,7 @@ def test_scaled(scale_shape):
     spread = spread.repeat_interleave(16, 0)[:40] if spread.shape[0] == 3 else spread
     for weight in (torch.randint(-127, 128, (40, 256), dtype=torch.int8), torch.randn(40, 256).to(torch.float8_e4m3fn)):
         tensors = {"weight": weight, "weight_scale": scale}
-        assert torch.equal(rebuild("float-quantized", tensors), weight.float() * spread)
+        assert torch.equal(rebuild("compressed-tensors", tensors), weight.float() * spread)
         assert torch.equal(rebuild("fp8", {"weight": weight, "weight_scale_inv": scale}), weight.float() * spread)
 
 
@@ -93,10 +99,13 @@ def test_bitsandbytes_8bit():
 def test_the_scheme_is_chosen_by_name_or_refused():
     groups = {"group_0": {"weights": {"num_bits": 4}}}
     ct = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-    assert scheme_of(ct).marker == "weight_packed"
+    assert scheme_of(ct).name == "compressed-tensors"
     assert scheme_of({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}).name == "bitsandbytes NF4"
     for bad in ({"quant_method": "hqq"}, {"quant_method": "awq", "version": "gemv"}, ct | {"format": "marlin-24"}):
         with pytest.raises(CheckpointError, match="can't be read"):
             scheme_of(bad)
-    with pytest.raises(CheckpointError, match="weight_packed is missing"):
-        rebuild("pack-quantized", {"weight_shape": torch.tensor([8, 8])})
+    with pytest.raises(CheckpointError, match="its weight is missing"):
+        rebuild("compressed-tensors", {"weight_shape": torch.tensor([8, 8])})
+    three = {"weight_packed": torch.zeros(8, 12, dtype=torch.int32), "weight_shape": torch.tensor([8, 128])}
+    with pytest.raises(CheckpointError, match="128 numbers in 12 words"):
+        rebuild("compressed-tensors", three)

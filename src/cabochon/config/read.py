@@ -58,7 +58,7 @@ def read_config(source: str | Path | Mapping[str, Any], *, ignore: Collection[st
         raw=raw,
     )
     section.must("tie_word_embeddings", True)
-    section.close(IGNORED)
+    section.close((*IGNORED, "rope_parameters"))  # a tool's default beside the text part's, which alone is read
     return config
 
 

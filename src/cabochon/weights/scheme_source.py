@@ -20,6 +20,7 @@ from .safetensors import SafetensorsSource
 from .schemes import Scheme, scheme_of
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_STACKED = re.compile(r"(.*\.experts\.(?:gate_up_proj|down_proj))(_\w+)")
 
 
 class SchemeSource:
@@ -28,21 +29,33 @@ class SchemeSource:
     def __init__(self, stored: SafetensorsSource, settings: Mapping[str, Any]) -> None:
         self.stored, self.settings, self.origin = stored, settings, stored.origin
         self.scheme: Scheme = scheme_of(settings)
-        self.quantized, self.plain = self._modules()
+        self.quantized = self._modules()
+        taken = {name for parts in self.quantized.values() for name in parts.values()}
+        self.plain = {name: entry.shape for name, entry in stored.entries.items() if name not in taken}
         self.experts = self._experts()
 
-    def _modules(self) -> tuple[set[str], set[str]]:
-        """Modules stored in the scheme's form, and names of tensors that are stored as they are."""
-        names = set(self.stored.entries)
-        mark = f".{self.scheme.marker}"
-        modules = {name.removesuffix(mark) for name in names if name.endswith(mark)}
-        taken = {f"{module}.{suffix}" for module in modules for suffix in self.scheme.suffixes}
-        return modules, names - taken - {f"{module}.{s}" for module in modules for s in ("input_scale", "output_scale")}
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """Logical weight -> what is stored of it, by suffix. Stacked experts are tensors, not modules, so that what
+        belongs to `experts.down_proj` is called `experts.down_proj_scale_inv`."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self.stored.entries:
+            if name.endswith(f".{self.scheme.marker}"):
+                module = name.removesuffix(f".{self.scheme.marker}")
+                suffixes = {suffix: f"{module}.{suffix}" for suffix in self.scheme.suffixes}
+                found[f"{module}.weight"] = self._there(suffixes)
+            elif stacked := _STACKED.fullmatch(name):
+                suffixes = {s: stacked[1] + s.removeprefix("weight") for s in self.scheme.suffixes}
+                if self.scheme.marker == f"weight{stacked[2]}":
+                    found[stacked[1]] = self._there(suffixes)
+        return found
+
+    def _there(self, suffixes: Mapping[str, str]) -> dict[str, str]:
+        return {suffix: name for suffix, name in suffixes.items() if name in self.stored.entries}
 
     def _experts(self) -> dict[str, list[list[str]]]:
         """Published stacked name -> for each expert, the logical names of its parts (gate, up or down)."""
         found: dict[str, dict[int, dict[str, str]]] = {}
-        for name in (*(f"{module}.weight" for module in self.quantized), *self.plain):
+        for name in (*self.quantized, *self.plain):
             if match := _EXPERT.fullmatch(name):
                 found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = name
         stacked = {}
@@ -55,56 +68,51 @@ class SchemeSource:
         return stacked
 
     def shapes(self) -> dict[str, Shape]:
-        logical = {f"{module}.weight": self._shape(module) for module in self.quantized}
-        logical |= {name: self.stored.entries[name].shape for name in self.plain}
+        logical = {name: self._shape(name, parts) for name, parts in self.quantized.items()}
+        logical |= self.plain
         for name, experts in self.experts.items():
-            rows = sum(logical[part][0] for part in experts[0])
-            width = logical[experts[0][0]][1]
-            for part in (part for parts in experts for part in parts):
-                del logical[part]
-            logical[name] = (len(experts), rows, width)
+            shapes = {logical[part] for parts in experts for part in parts}
+            if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+                raise CheckpointError(f"{self.origin}: the experts of {name} have different shapes; download it again.")
+            logical[name] = (len(experts), shape[0] * len(experts[0]), shape[1])
+        for part in (part for experts in self.experts.values() for parts in experts for part in parts):
+            del logical[part]
         return logical
 
     def nbytes(self, name: str) -> int:
         if name in self.experts:
             return sum(self.nbytes(part) for parts in self.experts[name] for part in parts)
-        if name in self.plain:
-            return self.stored.nbytes(name)
-        return sum(self.stored.nbytes(stored) for stored in self._stored_names(name.removesuffix(".weight")))
+        return sum(self.stored.nbytes(stored) for stored in self.quantized.get(name, {"": name}).values())
 
     def read(self, name: str) -> Tensor:
         if name in self.experts:
             return torch.stack([torch.cat([self.read(part) for part in parts]) for parts in self.experts[name]])
         if name in self.plain:
             return self.stored.read(name)
-        module = name.removesuffix(".weight")
         try:
-            return self.scheme.rebuild(partial(self._fetch, module), self.settings)
-        except (CheckpointError, RuntimeError, ValueError, KeyError) as error:
+            return self.scheme.rebuild(partial(self._fetch, name), self.settings)
+        except (CheckpointError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            said = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"{self.origin}: {name}, stored as {self.scheme.name}, can't be rebuilt: {error}."
+                f"{self.origin}: {name}, stored as {self.scheme.name}, can't be rebuilt: {said}."
             ) from None
 
-    def _fetch(self, module: str, suffix: str) -> Tensor | None:
-        name = f"{module}.{suffix}"
-        return self.stored.read(name) if name in self.stored.entries else None
+    def _fetch(self, name: str, suffix: str) -> Tensor | None:
+        stored = self.quantized[name].get(suffix)
+        return None if stored is None else self.stored.read(stored)
 
-    def _stored_names(self, module: str) -> list[str]:
-        return [n for s in self.scheme.suffixes if (n := f"{module}.{s}") in self.stored.entries]
-
-    def _shape(self, module: str) -> Shape:
+    def _shape(self, name: str, parts: Mapping[str, str]) -> Shape:
         """Of the rebuilt matrix, without reading more than a few numbers."""
-
-        def stored(suffix: str) -> Shape:
-            return self.stored.entries[f"{module}.{suffix}"].shape
-
-        match self.scheme.marker:
-            case "weight_packed":
-                return tuple(self.stored.read(f"{module}.weight_shape").tolist())
-            case "qweight" if self.scheme.name == "GPTQ":
-                return stored("qweight")[1], stored("qweight")[0] * 8
-            case "qweight":
-                return stored("qweight")[1] * 8, stored("qweight")[0]
-            case "weight.absmax":
-                return tuple(self.read(f"{module}.weight").shape)
-        return stored("weight")
+        shapes = {suffix: self.stored.entries[stored].shape for suffix, stored in parts.items()}
+        marker = self.scheme.marker
+        if marker == "weight_scale" and "weight_packed" in shapes:
+            if "weight_shape" in shapes:
+                return tuple(self.stored.read(parts["weight_shape"]).tolist())
+            return shapes["weight_packed"][0], 2 * shapes["weight_packed"][1]
+        if marker == "qweight" and self.scheme.name == "GPTQ":
+            return shapes["qweight"][1], *shapes.get("g_idx", (shapes["qweight"][0] * 8,))
+        if marker == "qweight":
+            return shapes["qweight"][1] * 8, shapes["qweight"][0]
+        if marker == "weight.absmax":
+            return tuple(self.read(name).shape)
+        return shapes.get("weight", ())

@@ -41,17 +41,18 @@ def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     """The scheme that a `quantization_config` names. Raises CheckpointError when it is none of the known ones."""
     method = settings.get("quant_method")
     if method == "compressed-tensors":
-        name = settings.get("format")
         groups = settings.get("config_groups") or {}
-        formats = {group.get("format") or name for group in groups.values()} or {name}
-        if len(formats) != 1:
-            raise CheckpointError(f"this compressed-tensors checkpoint mixes the formats {sorted(map(str, formats))}.")
-        method = formats.pop()
+        formats = {settings.get("format"), *(group.get("format") for group in groups.values())} - {None, "dense"}
+        if strange := sorted(map(str, formats - set(_COMPRESSED))):
+            raise CheckpointError(
+                f"the compressed-tensors format {strange[0]!r} can't be read; known are {', '.join(_COMPRESSED)}. "
+                "Take another repository."
+            )
     if method == "bitsandbytes":
         method = "bitsandbytes-8bit" if settings.get("load_in_8bit") else f"bitsandbytes-{_bnb_kind(settings)}"
-    if method == "awq" and settings.get("version", "gemm").lower() != "gemm":
+    if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
         raise CheckpointError(f"AWQ checkpoints in the {settings['version']!r} layout can't be read; 'gemm' ones can.")
-    if method not in SCHEMES:
+    if not isinstance(method, str) or method not in SCHEMES:
         known = ", ".join(SCHEMES)
         raise CheckpointError(f"the quantisation {method!r} can't be read; known are {known}. Take another repository.")
     return SCHEMES[method]
@@ -68,78 +69,96 @@ def _need(fetch: Fetch, suffix: str) -> Tensor:
     return tensor
 
 
-def unpack_nibbles(words: Tensor, dim: int) -> Tensor:
-    """int32 words -> eight unsigned 4-bit codes each along `dim`, lowest bits first (as int32)."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    codes = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.dim() - dim - 1))) & 15
+def unpack(words: Tensor, dim: int, bits: int = 4) -> Tensor:
+    """int32 words -> 32 / bits unsigned codes each along `dim`, lowest bits first (as int32)."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.dim() - dim - 1))) & ((1 << bits) - 1)
     return codes.flatten(dim, dim + 1)
 
 
+def _bits_of(words: int, numbers: int) -> int:
+    """How wide the codes are of which `numbers` fill `words` 32-bit words."""
+    fitting = [bits for bits in (2, 4, 8) if -(-numbers * bits // 32) == words]
+    if not fitting:
+        raise CheckpointError(f"{numbers} numbers in {words} words are packed in no known way (2, 4 or 8 bits)")
+    return fitting[-1]
+
+
 def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """A scale per tensor, row, group of columns or block, repeated to `shape`."""
-    scale = scale.float()
+    """A scale per tensor, row, group of columns or block, repeated to `shape` [.., O, I]."""
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
     if scale.dim() < 2:
         scale = scale.reshape(-1, 1)
-    for axis in (0, 1):
+    for axis in (-2, -1):
         if scale.shape[axis] not in (1, shape[axis]):
             repeat = -(-shape[axis] // scale.shape[axis])
             # Block sizes are powers of two; the last block may be cut.
             repeat = 1 << (repeat - 1).bit_length()
-            scale = scale.repeat_interleave(repeat, axis)[: shape[0] if axis == 0 else None]
-            scale = scale[:, : shape[1]] if axis == 1 else scale
+            scale = scale.repeat_interleave(repeat, axis).narrow(axis, 0, shape[axis])
     return scale.expand(shape)
 
 
-def _pack_quantized(fetch: Fetch, settings: Mapping[str, Any]) -> Tensor:
-    """compressed-tensors w4a16: `weight_packed` int32 [O, I/8], codes offset by 8, a scale per group of columns."""
-    bits = _weights_setting(settings, "num_bits", 4)
-    if bits != 4:
-        raise CheckpointError(f"its {bits}-bit packing is unknown; 4 bits can be read")
+def _compressed(fetch: Fetch, _: Mapping[str, Any]) -> Tensor:
+    """compressed-tensors tells its formats apart by what it stores, and one file may mix them: words of integer codes,
+    bytes of 4-bit floats, or int8 and fp8 numbers as they are."""
+    packed = fetch("weight_packed")
+    if packed is None:
+        return _scaled(fetch)
+    return _packed_floats(packed, fetch) if packed.dtype == torch.uint8 else _packed_integers(packed, fetch)
+
+
+def _packed_integers(packed: Tensor, fetch: Fetch) -> Tensor:
+    """`pack-quantized`: `weight_packed` int32 [O, words], codes offset by half their range, a scale per group."""
     shape = torch.Size(_need(fetch, "weight_shape").tolist())
-    codes = unpack_nibbles(_need(fetch, "weight_packed"), 1)[:, : shape[1]].float() - 8
+    bits = _bits_of(packed.shape[1], shape[1])
+    middle = 1 << (bits - 1)
+    codes = unpack(packed, 1, bits)[:, : shape[1]].float() - middle
+    scale, order = _need(fetch, "weight_scale").float(), fetch("weight_g_idx")
     zero = fetch("weight_zero_point")
     if zero is not None:
-        points = unpack_nibbles(zero, 0)[: shape[0]].float() - 8 if zero.dtype == torch.int32 else zero.float()
-        codes = codes - _spread(points, shape)
-    order = fetch("weight_g_idx")
-    scale = _need(fetch, "weight_scale").float()
+        zero = unpack(zero, 0, bits)[: shape[0]].float() - middle if zero.dtype == torch.int32 else zero.float()
     if order is not None and bool((order >= 0).all()):
-        return codes * scale[:, order.long()]
-    return codes * _spread(scale, shape)
+        zeros = 0 if zero is None else zero[:, order.long()]
+        return (codes - zeros) * scale[:, order.long()]
+    return (codes if zero is None else codes - _spread(zero, shape)) * _spread(scale, shape)
 
 
-def _weights_setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
-    for group in (settings.get("config_groups") or {}).values():
-        return (group.get("weights") or {}).get(key, default)
-    return default
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""What the sixteen 4-bit floats stand for."""
 
 
-def _scaled(fetch: Fetch, _: Mapping[str, Any]) -> Tensor:
-    """int8 or fp8 `weight` [O, I] times `weight_scale` per tensor, row or block."""
-    weight = _need(fetch, "weight")
-    zero = fetch("weight_zero_point")
-    if zero is not None and bool((zero != 0).any()):
-        raise CheckpointError("it has zero points in a scheme that should be symmetric")
-    return weight.float() * _spread(_need(fetch, "weight_scale"), weight.shape)
+def _packed_floats(packed: Tensor, fetch: Fetch) -> Tensor:
+    """NVFP4 and MXFP4: two 4-bit floats a byte, low half first; a scale per 16 in e4m3 below one for the whole matrix,
+    by which it was multiplied, or one per 32 as a power of two."""
+    values = _E2M1[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()]
+    whole = fetch("weight_global_scale")
+    scaled = values * _spread(_need(fetch, "weight_scale"), values.shape)
+    return scaled if whole is None else scaled / whole.float()
+
+
+def _scaled(fetch: Fetch) -> Tensor:
+    """int8 or fp8 `weight` [O, I] times `weight_scale` per tensor, row, group or block."""
+    weight, zero = _need(fetch, "weight"), fetch("weight_zero_point")
+    codes = weight.float() if zero is None else weight.float() - _spread(zero.float(), weight.shape)
+    return codes * _spread(_need(fetch, "weight_scale"), weight.shape)
 
 
 def _scaled_by_inverse(fetch: Fetch, settings: Mapping[str, Any]) -> Tensor:
-    """Fine-grained FP8: `weight_scale_inv` per block of `weight_block_size` (multiplied, in spite of its name)."""
+    """Fine-grained FP8: `weight_scale_inv` per block (multiplied, in spite of its name); experts may be stacked."""
     weight = _need(fetch, "weight")
     return weight.float() * _spread(_need(fetch, "weight_scale_inv"), weight.shape)
 
 
 def _gptq(fetch: Fetch, settings: Mapping[str, Any]) -> Tensor:
-    """`qweight` int32 [I/8, O] packed along I; `qzeros` [groups, O/8]; `scales` [groups, O]; `g_idx` [I]."""
-    if settings.get("bits", 4) != 4:
-        raise CheckpointError(f"its {settings['bits']}-bit packing is unknown; 4 bits can be read")
-    codes = unpack_nibbles(_need(fetch, "qweight"), 0)
-    scales = _need(fetch, "scales").float()
-    # Version 1 stores the zero point minus one.
-    zeros = unpack_nibbles(_need(fetch, "qzeros"), 1) + (settings.get("checkpoint_format", "gptq") == "gptq")
-    order = fetch("g_idx")
-    size = codes.shape[0] // scales.shape[0]
-    group = order.long() if order is not None else torch.arange(codes.shape[0]) // size
+    """`qweight` int32 [words, O] packed along I; `qzeros` [groups, words]; `scales` [groups, O]; `g_idx` [I]."""
+    packed, scales, order = _need(fetch, "qweight"), _need(fetch, "scales").float(), fetch("g_idx")
+    bits = settings.get("bits", 4) if order is None else _bits_of(packed.shape[0], order.numel())
+    if bits not in (2, 4, 8):
+        raise CheckpointError(f"its {bits}-bit packing is unknown; 2, 4 and 8 bits can be read")
+    codes, zeros = unpack(packed, 0, bits), unpack(_need(fetch, "qzeros"), 1, bits)
+    if settings.get("checkpoint_format", "gptq") == "gptq":  # version 1 stores the zero point minus one
+        zeros = (zeros + 1) & ((1 << bits) - 1)
+    group = order.long() if order is not None else torch.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
     weight: Tensor = (codes - zeros[group]).float() * scales[group]
     return weight.T.contiguous()
 
@@ -154,7 +173,7 @@ def _awq(fetch: Fetch, settings: Mapping[str, Any]) -> Tensor:
         raise CheckpointError("only 4-bit AWQ can be read")
 
     def columns(words: Tensor) -> Tensor:
-        words_of_eight: Tensor = unpack_nibbles(words, 1).view(words.shape[0], -1, 8)
+        words_of_eight: Tensor = unpack(words, 1).view(words.shape[0], -1, 8)
         return words_of_eight[..., list(_AWQ_ORDER)].flatten(1)
 
     codes, zeros = columns(_need(fetch, "qweight")), columns(_need(fetch, "qzeros"))
@@ -203,34 +222,27 @@ _BNB = tuple(
     )
 )
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale")
+"""Activations are rounded in the tool's own kernels only; here they stay as they are."""
+_COMPRESSED = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision"),
+)
+"""The formats of compressed-tensors that can be read."""
 
 SCHEMES = {
-    "pack-quantized": Scheme(
-        "compressed-tensors pack-quantized",
-        "weight_packed",
-        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-        _pack_quantized,
-    ),
-    "int-quantized": Scheme(
-        "compressed-tensors int-quantized",
+    "compressed-tensors": Scheme(
+        "compressed-tensors",
         "weight_scale",
-        ("weight", "weight_scale", "weight_zero_point", *_ACTIVATIONS),
-        _scaled,
+        (
+            *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+            *("weight_global_scale", "input_global_scale", *_ACTIVATIONS),
+        ),
+        _compressed,
     ),
-    "float-quantized": Scheme(
-        "compressed-tensors float-quantized",
-        "weight_scale",
-        ("weight", "weight_scale", "weight_zero_point", *_ACTIVATIONS),
-        _scaled,
+    "fbgemm_fp8": Scheme("fbgemm FP8", "weight_scale", ("weight", "weight_scale", *_ACTIVATIONS), _compressed),
+    "fp8": Scheme(
+        "fine-grained FP8", "weight_scale_inv", ("weight", "weight_scale_inv", "activation_scale"), _scaled_by_inverse
     ),
-    "naive-quantized": Scheme(
-        "compressed-tensors naive-quantized",
-        "weight_scale",
-        ("weight", "weight_scale", "weight_zero_point", *_ACTIVATIONS),
-        _scaled,
-    ),
-    "fbgemm_fp8": Scheme("fbgemm FP8", "weight_scale", ("weight", "weight_scale", *_ACTIVATIONS), _scaled),
-    "fp8": Scheme("fine-grained FP8", "weight_scale_inv", ("weight", "weight_scale_inv"), _scaled_by_inverse),
     "gptq": Scheme("GPTQ", "qweight", ("qweight", "qzeros", "scales", "g_idx"), _gptq),
     "awq": Scheme("AWQ", "qweight", ("qweight", "qzeros", "scales"), _awq),
     "bitsandbytes-nf4": Scheme("bitsandbytes NF4", "weight.absmax", _BNB, _bnb_4bit),
