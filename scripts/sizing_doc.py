@@ -20,12 +20,13 @@ from cabochon.weights.params import parameters
 TARGET = Path(__file__).parents[1] / "docs" / "sizing.md"
 DEVICE = hardware.find("Raspberry Pi 5")  # a CPU: everything lies in one memory
 FORMATS = (None, *QUANTIZED)
-CONTEXTS = (8192, 32768, 131_072, 262_144)
+CONTEXTS = (4096, 32_768, 131_072, 262_144)
 
 
 def document() -> str:
     """The whole page."""
-    return "\n\n".join([_head(), _stored(), _resident(), _cache(), _totals(), _circulating(), _devices()]) + "\n"
+    parts = (_head, _stored, _resident, _cache, _pages, _totals, _circulating, _devices)
+    return "\n\n".join(part() for part in parts) + "\n"
 
 
 def _head() -> str:
@@ -101,6 +102,28 @@ def _cache() -> str:
         "head widths instead of 2."
     )
     return f"## Keys and values\n\n{_table(headings, rows)}\n\n{note}"
+
+
+def _pages() -> str:
+    stored, read = [], []
+    for size in variants.SIZES:
+        contexts = [context for context in CONTEXTS if context <= size.context]
+        blank = ["-"] * (len(CONTEXTS) - len(contexts))
+        for kept in ("auto", "int8"):
+            parts = [measure(_config(size), Workload(context=c, kv_cache_dtype=kept), DEVICE).kv for c in contexts]
+            took = [sum(part.user_bytes for part in kv) for kv in parts]
+            stored.append((size.name, kept, *(f"{count:,} = {gib(count)}" for count in took), *blank))
+            read.append((size.name, kept, *(f"{sum(part.read_bytes for part in kv):,}" for kv in parts), *blank))
+    headings = ("size", "`--kv-cache-dtype`", *(kilo(context) for context in CONTEXTS))
+    note = (
+        "Windows stay in bfloat16; fp8 takes what int8 does. A pool for one conversation allocates exactly these bytes, whatever the number of "
+        "tokens in a step. E2B and E4B end at 128k."
+    )
+    return (
+        f"## Pages of one conversation, in bytes\n\n{_table(headings, stored)}\n\n{note}\n\n"
+        f"## Read for every token of a reply, in bytes\n\n{_table(headings, read)}\n\n"
+        "Layers that share keys and values read them too."
+    )
 
 
 def _totals() -> str:

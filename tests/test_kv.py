@@ -1,6 +1,7 @@
 """The KV layout: what it says is what is allocated, and what its shortcuts cost in precision."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def test_the_pool_allocates_what_the_layout_says(size, formats):
     for tokens in CONTEXTS:
         plan = one_user(size, tokens, value_bytes)
         assert PageStore(plan, torch.bfloat16, META, chosen).bytes() == plan.bytes()
+
+
+def test_the_documented_bytes_are_those_that_a_pool_allocates():
+    page = (Path(__file__).parents[1] / "docs" / "sizing.md").read_text()
+    table = page.split("## Pages of one conversation, in bytes\n\n")[1].split("\n\n")[0]
+    cells = 0
+    for line in table.splitlines()[2:]:
+        size, kept, *took = (cell.strip() for cell in line.strip("|").split("|"))
+        options = EngineOptions(max_num_seqs=1, max_snapshots=0, kv_cache_dtype=kept, kv_cache_memory_bytes=2**40)
+        for tokens, documented in zip(CONTEXTS, took, strict=True):
+            if documented == "-":
+                assert tokens > text(size).max_position_embeddings
+                continue
+            plan, _ = plan_cache(text(size), options, tokens, META, torch.bfloat16)
+            store = PageStore(plan, torch.bfloat16, META, options.formats())
+            held = sum(part.untyped_storage().nbytes() for part in (*store.codes.values(), *store.scales.values()))
+            assert documented.split(" = ")[0] == f"{held:,}", (size, kept, tokens)
+            cells += 1
+    assert cells == 2 * (5 * 4 - 2)
 
 
 def test_published_bytes_per_token():
