@@ -116,8 +116,8 @@ def _pages() -> str:
             read.append((size.name, kept, *(f"{sum(part.read_bytes for part in kv):,}" for kv in parts), *blank))
     headings = ("size", "`--kv-cache-dtype`", *(kilo(context) for context in CONTEXTS))
     note = (
-        "Windows stay in bfloat16; fp8 takes what int8 does. A pool for one conversation allocates exactly these bytes, whatever the number of "
-        "tokens in a step. E2B and E4B end at 128k."
+        "Windows stay in bfloat16; fp8 takes what int8 does. A pool for one conversation allocates exactly these "
+        "bytes, whatever the number of tokens in a step. E2B and E4B end at 128k."
     )
     return (
         f"## Pages of one conversation, in bytes\n\n{_table(headings, stored)}\n\n{note}\n\n"
