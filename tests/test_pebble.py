@@ -123,7 +123,7 @@ def test_only_what_the_model_says_is_predicted():
     template = Template(TOKENIZER)
     entry = next(e for e in heldout.SUITE if e.name == "answer from a tool")
     for case in heldout.cases(entry, 20):
-        ids, marks = mixture.document(case, template)
+        ids, marks, _ = mixture.document(case, template)
         said = TOKENIZER.decode([i for i, mark in zip(ids, marks, strict=True) if mark], special=True)
         call = case.messages[1]["tool_calls"][0]["function"]["name"]
         assert said.startswith(f"<|tool_call>call:{call}{{")
@@ -190,7 +190,7 @@ def test_the_command_prints_a_card(tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["card"] == [
         {"task": "greeting", "n": 1, "right": 1, "low": pytest.approx(0.2065, abs=1e-3), "high": 1.0, "chance": 0.0,
-         "withheld": None, "score": 1.0},
+         "withheld": None, "what": None, "score": 1.0},
     ]  # fmt: skip
 
 
@@ -300,7 +300,16 @@ def test_a_short_training_learns_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "POOL", 32)
     monkeypatch.setattr(train, "TOKENS_AT_ONCE", 512)
     options = argparse.Namespace(
-        seed=1, device="cpu", resume=False, out=tmp_path, passes=1, minutes=9.0, tokens=1e6, tests=1, test_every=99
+        seed=1,
+        device="cpu",
+        resume=False,
+        out=tmp_path,
+        passes=1,
+        minutes=9.0,
+        tokens=1e6,
+        tests=1,
+        test_every=99,
+        workers=1,
     )
     first = train.Run(options, 0, lambda flat: None)
     losses = [first.step(0.1)[0] for _ in range(8)]

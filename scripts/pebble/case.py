@@ -13,8 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shown import Shown
+
 JsonDict = dict[str, Any]
-Score = Literal["text", "calls", "json"]
+Score = Literal["text", "calls", "json", "characters", "box"]
+Spot = tuple[float, float, tuple[str, ...]]
+"""Where in a picture (x, y, in parts of its sides) something is, and the names of what it is."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Case:
     choices: int | None = None
     """Among how many answers a guesser would draw, where the question itself names them."""
 
+    shown: list[Shown] = field(default_factory=list)
+    """Pictures, clips and sounds; a content part names one by its place here, as bytes (`look`)."""
+    spots: list[Spot] = field(default_factory=list)
+    """What is where in the picture; only the warm-up of the towers reads it."""
     after_another: bool = False
     """Unrelated exchanges come first; only the last reply is trained on."""
 
@@ -45,7 +53,8 @@ class Case:
             ]
         elif self.score == "json":
             expect = json.loads(expect)
-        line: JsonDict = {"task": self.task, "messages": self.messages, "expect": expect, "score": self.score}
+        messages = [self._filed(message) for message in self.messages]
+        line: JsonDict = {"task": self.task, "messages": messages, "expect": expect, "score": self.score}
         if self.tools:
             line["tools"] = self.tools
         if self.thinking:
@@ -53,6 +62,16 @@ class Case:
         if self.choices:
             line["choices"] = self.choices
         return line
+
+    def _filed(self, message: JsonDict) -> JsonDict:
+        """The message with files in data URLs for what it shows."""
+        if isinstance(message["content"], str):
+            return message
+        parts = [
+            part if part["type"] == "text" else {"type": part["type"], "url": self.shown[int(part["url"])].data_url()}
+            for part in message["content"]
+        ]
+        return {**message, "content": parts}
 
 
 Generator = Callable[[random.Random], Case]
@@ -73,6 +92,11 @@ def draw(generator: Generator, rng: random.Random, test: bool) -> Case:
 
 def user(text: str) -> JsonDict:
     return {"role": "user", "content": text}
+
+
+def look(shown: Shown, text: str) -> JsonDict:
+    """A question about the first thing shown."""
+    return {"role": "user", "content": [{"type": shown.kind, "url": b"0"}, {"type": "text", "text": text}]}
 
 
 def system(text: str) -> JsonDict:

@@ -1,7 +1,7 @@
-"""Write the task file that `cabochon eval` scores: `python scripts/pebble/heldout.py`.
+"""Write the task files that `cabochon eval` scores: `python scripts/pebble/heldout.py`.
 
 Every case lies on the test side of the split (see `case.held_out`), is different from all others, and is drawn with a
-fixed seed, so the file only changes when a generator does.
+fixed seed, so they only change when a generator does.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import gzip
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import arithmetic
 import knowledge
+import pictures
 import reasoning
+import sounds
 import tools
+import writing
 from case import Case, Generator, draw
 
-TARGET = Path(__file__).parents[2] / "src" / "cabochon" / "pebble" / "tasks.jsonl.gz"
+from cabochon.evaluate import BUNDLED_TASKS, SHOWING_TASKS
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ SUITE = (
     Entry("needle 2k", knowledge.needle_2k, count=100),
     Entry("outside", knowledge.beyond),
 )
+SENSES = (
+    Entry("shapes and colours", pictures.name_it, 300),
+    Entry("unseen pairs", pictures.unseen_pair, 200, split=False),
+    Entry("count", pictures.count, 200),
+    Entry("box", pictures.box, 200),
+    Entry("motion", pictures.motion, 60),
+    Entry("read", writing.read_unseen, 200),
+    Entry("chart", writing.chart, 200),
+    Entry("spoken digits", sounds.hear_unseen_digits, 200),
+    Entry("commands", sounds.hear_unseen_command, 120),
+    Entry("digits, another synthesiser", sounds.hear_flite, 100),
+)
+"""Exercises that show something; typefaces and voices are unseen as well."""
 
 
 def cases(entry: Entry, count: int | None = None) -> list[Case]:
@@ -59,20 +74,21 @@ def cases(entry: Entry, count: int | None = None) -> list[Case]:
     found: dict[str, Case] = {}
     for _ in range(50 * (count or entry.count)):
         case = draw(entry.generator, rng, test=True) if entry.split else entry.generator(rng)
-        found.setdefault(case.content + json.dumps(case.messages) * (entry.name == "facts"), case)
+        found.setdefault(case.content + repr(case.messages) * (entry.name == "facts"), case)
         if len(found) == (count or entry.count):
             break
     return list(found.values())
 
 
 def main() -> None:
-    lines = []
-    for entry in SUITE:
-        drawn = cases(entry)
-        print(f"{entry.name}: {len(drawn)}")
-        lines += [json.dumps({**case.record(), "task": entry.name}, ensure_ascii=False) for case in drawn]
-    with gzip.GzipFile(TARGET, "wb", mtime=0) as file:
-        file.write(("\n".join(lines) + "\n").encode())
+    for suite, path in ((SUITE, BUNDLED_TASKS), (SENSES, SHOWING_TASKS)):
+        lines = []
+        for entry in suite:
+            drawn = cases(entry)
+            print(f"{entry.name}: {len(drawn)}")
+            lines += [json.dumps({**case.record(), "task": entry.name}, ensure_ascii=False) for case in drawn]
+        with gzip.GzipFile(path, "wb", mtime=0) as file:
+            file.write(("\n".join(lines) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -5,15 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import arithmetic
 import knowledge
+import pictures
 import reasoning
+import sounds
 import tools
+import writing
 from case import Case, Generator, JsonDict, draw
 from prose import passage
+from shown import Shown
 
+from cabochon.chat.messages import Media
 from cabochon.chat.template import Template
+from cabochon.config import ModelConfig
+from cabochon.engine.request import SoftSpan
+from cabochon.media import audio
+from cabochon.media.source import Policy
+from cabochon.senses import Piece, Senses
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,16 @@ TASKS = (
     Task(knowledge.beyond, 0.04),
     Task(knowledge.greet, 0.015, split=False),
 )
+SENSED = (
+    Task(pictures.name_it, 0.24),
+    Task(pictures.count, 0.1),
+    Task(pictures.box, 0.08),
+    Task(pictures.motion, 0.04),
+    Task(writing.read, 0.2),
+    Task(writing.chart, 0.06),
+    Task(sounds.hear, 0.28, split=False),
+)
+"""Shares of the exercises that show something; the sounds' split was made when they were."""
 PROSE = 0.02
 """Pieces of prose for each conversation."""
 AFTER_ANOTHER = 0.45
@@ -103,22 +124,49 @@ def plain_text(rng: random.Random, generator: Generator) -> str:
     return "\n".join(parts)
 
 
-Document = tuple[list[int], list[bool]]
-"""Token ids, and for each whether it should be predicted."""
+class Document(NamedTuple):
+    """Token ids, for each whether it should be predicted, and the runs of soft tokens among them."""
+
+    ids: list[int]
+    marks: list[bool]
+    spans: tuple[SoftSpan, ...] = ()
 
 
-def documents(template: Template, seed: int) -> Iterator[Document]:
-    """An endless stream of conversations and prose."""
+class Exhibits(Senses):
+    """Takes what an exercise shows from its arrays, without files in between."""
+
+    def __init__(self, config: ModelConfig, template: Template) -> None:
+        super().__init__(config, template.tokenizer, Policy())
+        self.shown: list[Shown] = []
+
+    def perceive(self, media: Media, defaults: Any) -> list[Piece]:
+        data = self.shown[int(media.source)].data
+        if media.kind == "image":
+            return [self._picture("image", data)]
+        if media.kind == "video":
+            return [self._picture("video", frame, f"00:{i:02}") for i, frame in enumerate(data)]
+        frames = data if data.ndim == 2 else audio.log_mel(data)
+        return [Piece("audio", -(-len(frames) // 4), frames)]
+
+
+def documents(
+    template: Template, seed: int, exhibits: Exhibits | None = None, sensed: float = 0.0
+) -> Iterator[Document]:
+    """An endless stream of conversations and prose; `sensed` of them show something."""
     rng = random.Random(seed)
     while True:
-        if rng.random() < PROSE:
+        if rng.random() < sensed:
+            task = rng.choices(SENSED, weights=[task.share for task in SENSED])[0]
+            case = draw(task.generator, rng, test=False) if task.split else task.generator(rng)
+            yield document(case, template, exhibits=exhibits)
+        elif rng.random() < PROSE:
             ids = [template.tokenizer.bos, *template.tokenizer.encode(passage(rng, 900))]
-            yield ids, [False] + [True] * (len(ids) - 1)
+            yield Document(ids, [False] + [True] * (len(ids) - 1))
         else:
             yield document(conversation(rng), template, rng.random() < UNNEEDED_THOUGHT)
 
 
-def document(case: Case, template: Template, idle_thought: bool = False) -> Document:
+def document(case: Case, template: Template, idle_thought: bool = False, exhibits: Exhibits | None = None) -> Document:
     """A conversation with the model's own tokens marked: its turns without the tools' responses.
 
     With thinking on, only the last turn counts: the thoughts of earlier turns are gone from the history, and a turn
@@ -127,14 +175,15 @@ def document(case: Case, template: Template, idle_thought: bool = False) -> Docu
     thinking, reply = case.thinking, case.reply
     if idle_thought and not thinking and case.task not in ("add", "subtract"):
         thinking, reply = True, {**reply, "reasoning": "No steps needed."}
-    ids = list(
-        template.render(
-            [*case.messages, reply], tools=case.tools, thinking=thinking, add_generation_prompt=False
-        ).token_ids
-    )
+    prompt = template.render([*case.messages, reply], tools=case.tools, thinking=thinking, add_generation_prompt=False)
+    spans: tuple[SoftSpan, ...] = ()
+    if exhibits is not None and case.shown:
+        exhibits.shown = case.shown
+        prompt, spans = exhibits.expand(prompt)
+    ids = list(prompt.token_ids)
     marks = _mark(ids, template, last_only=thinking or case.after_another)
     end = max(i for i, mark in enumerate(marks) if mark) + 1
-    return ids[:end], marks[:end]
+    return Document(ids[:end], marks[:end], spans)
 
 
 def _mark(ids: list[int], template: Template, last_only: bool) -> list[bool]:

@@ -15,11 +15,13 @@ import os
 import random
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from mixture import Document, document, documents
@@ -28,8 +30,10 @@ from torch import Tensor, nn
 import cabochon.ops
 from cabochon.chat.template import Template
 from cabochon.chat.tokenizer import Tokenizer
-from cabochon.config import read_config
-from cabochon.model.batch import Batch, whole_sequences
+from cabochon.config import ModelConfig, read_config
+from cabochon.engine.request import SoftSpan
+from cabochon.media.image import Patches
+from cabochon.model.batch import Batch, SoftTokens, whole_sequences
 from cabochon.model.gemma4 import Gemma4
 from cabochon.ops import Rows
 from cabochon.weights.params import parameters
@@ -44,6 +48,8 @@ TOKENS_AT_ONCE = 2048
 POOL = 768
 """Documents sorted by length at a time."""
 MATRIX_RATE, VECTOR_RATE = 0.01, 0.004
+SHOWN_WEIGHT = 4.0
+"""Of a token in the answer to something shown: such answers are a word or two, others are long."""
 WARM_UP, DECAY = 0.02, 0.35
 """Parts of the run in which the rate rises, and falls to nothing at the end."""
 
@@ -79,20 +85,54 @@ class Step:
 
     batch: Batch
     targets: Tensor
+    weights: Tensor
+    """Of the targets in the loss."""
+    spans: list[SoftSpan]
+    """Of the packed batch; their features are computed when the step is taken."""
 
 
 def pack(group: list[Document], device: str = "cpu") -> Step:
     """Documents padded to the longest (padding is id 0 at the end, and nothing is predicted there)."""
-    longest = max(len(ids) for ids, _ in group)
+    longest = max(len(doc.ids) for doc in group)
     ids = torch.zeros(len(group), longest, dtype=torch.long)
     marks = torch.zeros(len(group), longest, dtype=torch.bool)
-    for row, (document_ids, document_marks) in enumerate(group):
-        ids[row, : len(document_ids)] = torch.tensor(document_ids)
-        marks[row, : len(document_marks)] = torch.tensor(document_marks)
+    spans = []
+    for row, doc in enumerate(group):
+        ids[row, : len(doc.ids)] = torch.tensor(doc.ids)
+        marks[row, : len(doc.marks)] = torch.tensor(doc.marks)
+        spans += [replace(span, start=row * longest + span.start) for span in doc.spans]
     batch = whole_sequences(list(ids), device)
     predicts = marks.flatten().nonzero().flatten() - 1  # the row before a marked token predicts it
     batch.tail = tail(predicts, len(group), longest, device)
-    return Step(batch, ids.flatten()[predicts + 1].to(device))
+    heavy = torch.tensor([SHOWN_WEIGHT if doc.spans else 1.0 for doc in group])[predicts // longest]
+    return Step(batch, ids.flatten()[predicts + 1].to(device), heavy.to(device), spans)
+
+
+def perceive(model: Gemma4, items: list[Any]) -> list[Tensor]:
+    """The soft tokens of pictures and sounds; pictures of one size go through the tower together."""
+    features: dict[int, Tensor] = {}
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        if isinstance(item, Patches):
+            alike[item.rows, item.columns].append(i)
+        else:
+            features[i] = model.embed_audio(model.audio_tower(torch.from_numpy(item)))
+    for (rows, columns), which in alike.items():
+        pixels = torch.from_numpy(np.stack([items[i].values for i in which]))
+        features |= zip(which, model.embed_vision(model.vision_tower(pixels, rows, columns)), strict=True)
+    return [features[i] for i in range(len(items))]
+
+
+def logits(model: Gemma4, step: Step) -> Tensor:
+    """Of the rows whose next token is a target."""
+    if step.spans:
+        step.batch.soft = soft_tokens(model, step.spans)
+    return model(step.batch)
+
+
+def soft_tokens(model: Gemma4, spans: list[SoftSpan]) -> SoftTokens:
+    index = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
+    return SoftTokens(index, torch.cat(perceive(model, [span.item for span in spans])))
 
 
 def tail(rows: Tensor, sequences: int, longest: int, device: str) -> Rows:
@@ -107,10 +147,10 @@ def tail(rows: Tensor, sequences: int, longest: int, device: str) -> Rows:
 def steps(stream: Iterator[Document], rng: random.Random, device: str) -> Iterator[Step]:
     """Groups of like length, about TOKENS_AT_ONCE each, in random order."""
     while True:
-        pool = sorted(itertools.islice(stream, POOL), key=lambda d: len(d[0]))
+        pool = sorted(itertools.islice(stream, POOL), key=lambda doc: len(doc.ids))
         groups: list[list[Document]] = [[]]
         for doc in pool:
-            if groups[-1] and len(doc[0]) * (len(groups[-1]) + 1) > TOKENS_AT_ONCE:
+            if groups[-1] and len(doc.ids) * (len(groups[-1]) + 1) > TOKENS_AT_ONCE:
                 groups.append([])
             groups[-1].append(doc)
         rng.shuffle(groups)
@@ -118,11 +158,17 @@ def steps(stream: Iterator[Document], rng: random.Random, device: str) -> Iterat
 
 
 def new_model(seed: int, device: str) -> Gemma4:
-    model = Gemma4(read_config(SHIPPED))
+    model = Gemma4(text_config())
     state = {p.name: calm_tensor(p.name, p.shape, seed=seed) for p in parameters(model.config)}
     state |= {name: torch.ones(1) for name in state if name.endswith("layer_scalar")}
     model.load_state_dict(state)
     return model.to(device)
+
+
+def text_config() -> ModelConfig:
+    """That of the bundled checkpoint without its towers."""
+    raw = json.loads((SHIPPED / "config.json").read_text())
+    return read_config(raw | {"audio_config": None, "vision_config": None, "vision_soft_tokens_per_image": 280})
 
 
 def optimizers(model: Gemma4) -> list[torch.optim.Optimizer]:
@@ -152,7 +198,7 @@ def exactness(model: Gemma4, cases: dict[str, list[Document]], device: str) -> d
         right = 0
         for doc in docs:
             step = pack([doc], device)
-            right += bool((model(step.batch).argmax(-1) == step.targets).all())
+            right += bool((logits(model, step).argmax(-1) == step.targets).all())
         scores[task] = right / len(docs)
     return scores
 
@@ -166,7 +212,7 @@ def test_documents(template: Template, count: int) -> dict[str, list[Document]]:
         if entry.name == "needle 2k":  # long, and so like "needle" that training need not wait for it
             continue
         docs = [document(case, template) for case in cases(entry, count)]
-        table[entry.name] = [(ids, last_reply(marks)) for ids, marks in docs]
+        table[entry.name] = [doc._replace(marks=last_reply(doc.marks)) for doc in docs]
     return table
 
 
@@ -182,8 +228,9 @@ def save(model: Gemma4, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / file, folder)
+    (folder / "config.json").write_text(json.dumps(model.config.raw, indent=2, sort_keys=True) + "\n")
     state = model.state_dict()
     tensors = {p.hf: state[p.name].to("cpu", torch.bfloat16).contiguous() for p in parameters(model.config)}
     save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
@@ -195,9 +242,12 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, rank: int, add_up: Callable[[Tensor], Any]) -> None:
         self.options, self.rank, self.add_up = options, rank, add_up
+        self.clocks = options.workers
+        """How many workers' clocks are added up."""
         torch.manual_seed(options.seed)
-        self.model = new_model(options.seed, options.device)
-        self.optimizers = optimizers(self.model)
+        self.model = self.new_model()
+        self.optimizers = self.new_optimizers()
+        self.trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         self.rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
         self.done = 0
         """Tokens seen by all workers together."""
@@ -207,13 +257,29 @@ class Run:
             self._resume()
         self.template = Template(Tokenizer.from_file(SHIPPED))
         where = f"{options.seed}/{rank}/{self.done}"
-        rng = random.Random(where)
-        self.steps = steps(documents(self.template, rng.getrandbits(60)), rng, options.device)
-        self.flat = torch.zeros(sum(p.numel() for p in self.model.parameters()) + 4, device=options.device)
-        self.start = time.time()
+        self.steps = self.new_steps(random.Random(where))
+        self.flat = torch.zeros(sum(p.numel() for p in self.trained) + 4, device=options.device)
+        self.start = time.process_time()
+
+    def new_model(self) -> Gemma4:
+        return new_model(self.options.seed, self.options.device)
+
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return optimizers(self.model)
+
+    def new_steps(self, rng: random.Random) -> Iterator[Any]:
+        return steps(documents(self.template, rng.getrandbits(60)), rng, self.options.device)
+
+    def tests(self) -> dict[str, list[Document]]:
+        return test_documents(self.template, self.options.tests)
+
+    def loss(self, part: Step) -> tuple[Tensor, float, int]:
+        """The weighted sum over targets, the sum of the weights, the tokens seen."""
+        each = nn.functional.cross_entropy(logits(self.model, part), part.targets, reduction="none")
+        return (each * part.weights).sum(), part.weights.sum().item(), part.batch.tokens
 
     def go(self) -> None:
-        tests = test_documents(self.template, self.options.tests) if self.rank == 0 else {}
+        tests = self.tests() if self.rank == 0 else {}
         progress, losses, last_save = 0.0, [], time.time()
         while progress < 1:
             loss, progress = self.step(progress)
@@ -235,37 +301,37 @@ class Run:
     def step(self, progress: float) -> tuple[float, float]:
         """One update from all workers' gradients; the mean loss per token and the new progress."""
         parts = [next(self.steps) for _ in range(self.options.passes)]
-        lost, marked = 0.0, 0
+        lost, weight, seen = 0.0, 0.0, 0
         for part in parts:
-            loss = nn.functional.cross_entropy(self.model(part.batch), part.targets, reduction="sum")
+            loss, weighed, tokens = self.loss(part)
             loss.backward()
-            lost, marked = lost + loss.item(), marked + len(part.targets)
-        seen = sum(part.batch.tokens for part in parts)
-        clock = (self.spent + time.time() - self.start) / 60 / self.options.minutes if self.rank == 0 else 0.0
-        parameters = list(self.model.parameters())
-        torch.cat(
-            [p.grad.flatten() for p in parameters] + [self.flat.new_tensor([lost, marked, seen, clock])], out=self.flat
-        )
+            lost, weight, seen = lost + loss.item(), weight + weighed, seen + tokens
+        clock = self.seconds() / 60 / self.options.minutes / self.clocks
+        flat = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.trained]
+        torch.cat([*flat, self.flat.new_tensor([lost, weight, seen, clock])], out=self.flat)
         self.add_up(self.flat)
-        lost, marked, seen, clock = self.flat[-4:].tolist()
-        grads = self.flat[:-4].div_(marked)
+        lost, weight, seen, clock = self.flat[-4:].tolist()
+        grads = self.flat[:-4].div_(weight)
         grads.mul_(min(1.0, 1.0 / (grads.norm().item() + 1e-6)))
-        for p, grad in zip(parameters, grads.split([p.numel() for p in parameters]), strict=True):
-            assert p.grad is not None
-            p.grad.copy_(grad.view_as(p))
+        for p, grad in zip(self.trained, grads.split([p.numel() for p in self.trained]), strict=True):
+            p.grad = grad.view_as(p)
         groups = [group for o in self.optimizers for group in o.param_groups]
         for group, full in zip(groups, self.rates, strict=True):
             group["lr"] = full * rate(progress)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for p in self.trained:
+            p.grad = None
         self.done += int(seen)
         self.count += 1
-        return lost / marked, max(self.done / self.options.tokens, clock)
+        return lost / weight, max(self.done / self.options.tokens, clock)
+
+    def seconds(self) -> float:
+        """Processor time of this worker, all its runs together; the clock on the wall depends on the neighbours."""
+        return self.spent + time.process_time() - self.start
 
     def log(self, **what: Any) -> None:
-        seconds = self.spent + time.time() - self.start
-        line = {"step": self.count, "tokens": self.done, "minutes": round(seconds / 60, 2), **what}
+        line = {"step": self.count, "tokens": self.done, "minutes": round(self.seconds() / 60, 2), **what}
         with (self.options.out / "log.jsonl").open("a") as file:
             print(json.dumps(line), file=file)
         print(line, flush=True)
@@ -277,7 +343,7 @@ class Run:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "done": self.done,
             "count": self.count,
-            "spent": self.spent + time.time() - self.start,
+            "spent": self.seconds(),
         }
         torch.save(state, self.options.out / "state.part")
         (self.options.out / "state.part").rename(self.options.out / "state.pt")
@@ -290,14 +356,14 @@ class Run:
         self.done, self.count, self.spent = state["done"], state["count"], state["spent"]
 
 
-def work(rank: int, options: argparse.Namespace) -> None:
+def work(rank: int, options: argparse.Namespace, run: type[Run] = Run) -> None:
     torch.set_num_threads(1)
     if options.device == "cpu":
         round_products()
     if options.workers > 1:
         store = f"file://{options.out / 'meeting'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.workers)
-    Run(options, rank, dist.all_reduce if options.workers > 1 else lambda flat: None).go()
+    run(options, rank, dist.all_reduce if options.workers > 1 else lambda flat: None).go()
     if options.workers > 1:
         dist.destroy_process_group()
 
@@ -305,7 +371,7 @@ def work(rank: int, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=19e6, help="how many to see")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end by then, on whatever tokens were seen")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of processor time, after which to end")
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU")
     parser.add_argument("--passes", type=int, default=2, help="forward passes per worker and step")
     parser.add_argument("--device", default="cpu")
@@ -317,12 +383,17 @@ def main() -> None:
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
+    start(options)
+
+
+def start(options: argparse.Namespace, run: type[Run] = Run) -> None:
+    """Train with as many processes as `options.workers` says."""
     (options.out / "meeting").unlink(missing_ok=True)
     if options.workers == 1:
-        work(0, options)
+        work(0, options, run)
     else:
         os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.spawn(work, (options,), options.workers)
+        torch.multiprocessing.spawn(work, (options, run), options.workers)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@
 
     text      the reply's words, but for space around them
     contains  the words occur in the reply as whole words (for models that answer in sentences)
+    characters  one less the share of letters that are wrong, missing or too many (what is read or heard)
+    box       [{"box_2d": [top, left, bottom, right], "label": ...}]: the boxes overlap by at least half of their union
     json      the reply parses to the same JSON value
     calls     the tool calls, as [{"name": ..., "arguments": {...}}, ...]
 
-`tools`, `thinking` and `choices` (among how many answers a guesser would draw) may be left out. What a guess would
-score stands beside the result: one of the choices, or else always the commonest answer of the file.
+Messages may show pictures, clips and sounds, as data URLs or paths. `tools`, `thinking` and `choices` (among how many
+answers a guesser would draw) may be left out. What a guess would score stands beside the result: one of the choices,
+or else always the commonest answer of the file. So does what the question alone is worth: the same exercises without
+what they show, or without thinking.
 """
 
 from __future__ import annotations
@@ -21,18 +25,20 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .chat.messages import Reply
+from .chat.messages import Media, Message, Reply, read_messages
 from .engine.request import SamplingParams
-from .errors import ContextError, InputError
+from .errors import ContextError, InputError, RequestError
 from .hub import BUNDLED
 from .llm import AsyncLLM
 
 BUNDLED_TASKS = BUNDLED / "tasks.jsonl.gz"
+SHOWING_TASKS = BUNDLED / "senses.jsonl.gz"
+"""Exercises with pictures, clips and sounds, for models that can see and hear."""
 AT_ONCE = 64
 """Conversations that run side by side."""
 LONGEST_REPLY = 512
@@ -45,12 +51,29 @@ class Exercise:
     """One line of a task file."""
 
     task: str
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, Any] | Message]
     expect: Any
     score: str = "text"
     tools: Sequence[Mapping[str, Any]] = ()
     thinking: bool = False
     choices: int | None = None
+
+    @property
+    def shows(self) -> str | None:
+        """ "image", "video" or "audio" if the messages show one."""
+        return next(
+            (part.kind for m in read_messages(self.messages) for part in m.content if isinstance(part, Media)), None
+        )
+
+    def without(self) -> Exercise | None:
+        """The same without what it shows, or else without thinking; None if it has neither."""
+        if self.shows:
+            blind = [
+                replace(message, content=tuple(part for part in message.content if not isinstance(part, Media)))
+                for message in read_messages(self.messages)
+            ]
+            return replace(self, messages=blind)
+        return replace(self, thinking=False) if self.thinking else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +82,16 @@ class Line:
 
     task: str
     n: int
-    right: int
+    right: float
+    """A sum of credits from 0 to 1; most scores give nothing in between."""
     low: float
     high: float
     """The 95 % interval (Wilson)."""
     chance: float
     withheld: float | None
-    """The share right on the same exercises with thinking switched off; None where there was none to withhold."""
+    """The share right on the same exercises without `what`; None where there was nothing to withhold."""
+    what: str | None
+    """"image", "video", "audio" or "thinking"."""
 
     @property
     def score(self) -> float:
@@ -93,6 +119,11 @@ def read_tasks(path: Path) -> list[Exercise]:
     return found
 
 
+def bundled() -> list[Exercise]:
+    """What `--suite pebble` asks."""
+    return [*read_tasks(BUNDLED_TASKS), *(read_tasks(SHOWING_TASKS) if SHOWING_TASKS.exists() else ())]
+
+
 def _read_line(line: str, where: str) -> Exercise:
     try:
         value = json.loads(line)
@@ -104,41 +135,86 @@ def _read_line(line: str, where: str) -> Exercise:
         raise InputError(f"{where} has the unknown field {strange[0]!r}; known are {', '.join(sorted(_FIELDS))}.")
     if value.get("score", "text") not in COMPARE:
         raise InputError(f"{where} has score {value['score']!r}, but must have one of {', '.join(COMPARE)}.")
-    return Exercise(**value)
+    exercise = Exercise(**value)
+    try:
+        read_messages(exercise.messages)
+    except RequestError as error:
+        raise InputError(f"{where}: {error}") from None
+    return exercise
 
 
 # Comparing --------------------------------------------------------------------------------------------------------
 
 
-def _same_text(reply: Reply, expect: Any) -> bool:
+def _same_text(reply: Reply, expect: Any) -> float:
     return not reply.tool_calls and reply.text.strip() == str(expect).strip()
 
 
-def _contains(reply: Reply, expect: Any) -> bool:
+def _contains(reply: Reply, expect: Any) -> float:
     return re.search(rf"(?<!\w){re.escape(str(expect))}(?!\w)", reply.text) is not None
 
 
-def _same_json(reply: Reply, expect: Any) -> bool:
+def _characters(reply: Reply, expect: Any) -> float:
+    return max(0.0, 1 - edits(reply.text.strip(), str(expect)) / len(str(expect)))
+
+
+def _same_box(reply: Reply, expect: Any) -> float:
+    found, wanted = _boxes(reply.text), [entry["box_2d"] for entry in expect]
+    return len(found) == len(wanted) and all(overlap(a, b) >= 0.5 for a, b in zip(found, wanted, strict=True))
+
+
+def _boxes(text: str) -> list[list[float]]:
+    """Those of a reply; none if it is anything else."""
+    try:
+        boxes = [entry["box_2d"] for entry in json.loads(text)]
+        return [[float(v) for v in box] for box in boxes if len(box) == 4]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+def _same_json(reply: Reply, expect: Any) -> float:
     try:
         return bool(json.loads(reply.text) == expect)
     except ValueError:
         return False
 
 
-def _same_calls(reply: Reply, expect: Any) -> bool:
+def _same_calls(reply: Reply, expect: Any) -> float:
     return bool([{"name": call.name, "arguments": dict(call.arguments)} for call in reply.tool_calls] == expect)
 
 
-COMPARE: Mapping[str, Callable[[Reply, Any], bool]] = {
+COMPARE: Mapping[str, Callable[[Reply, Any], float]] = {
     "text": _same_text,
     "contains": _contains,
+    "characters": _characters,
+    "box": _same_box,
     "json": _same_json,
     "calls": _same_calls,
 }
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share that holds the true one 95 times in 100 (E. B. Wilson, 1927)."""
+def edits(a: str, b: str) -> int:
+    """How many letters must be changed, added or taken away to make one of the other (V. Levenshtein, 1965)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """The common area of two boxes [top, left, bottom, right] in parts of their union."""
+    common = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - common
+    return common / union if union > 0 else 0.0
+
+
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share that holds the true one 95 times in 100 (E. B. Wilson, 1927).
+
+    For credits between 0 and 1 it is wider than it need be, as nothing spreads more than all or nothing.
+    """
     share, spread = right / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     reach = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
@@ -160,53 +236,61 @@ def guess(exercises: Sequence[Exercise]) -> float:
 def evaluate(llm: AsyncLLM, exercises: Sequence[Exercise], *, withhold: bool = True) -> list[Line]:
     """The card, one line per task in order of appearance; greedy, with thinking where the exercise says so.
 
-    With `withhold`, exercises with thinking run a second time without.
+    With `withhold`, exercises that show something or ask for thinking run a second time without.
     """
-    thinking = [e for e in exercises if e.thinking and withhold]
-    right = asyncio.run(_run(llm, [*((e, e.thinking) for e in exercises), *((e, False) for e in thinking)]))
-    plain = dict(zip(map(id, thinking), right[len(exercises) :], strict=True))
+    apart = {id(e): bare for e in exercises if withhold and (bare := e.without())}
+    credits = asyncio.run(_run(llm, [*exercises, *apart.values()]))
+    plain = dict(zip(apart, credits[len(exercises) :], strict=True))
     tasks: dict[str, list[int]] = {}
     for i, exercise in enumerate(exercises):
         tasks.setdefault(exercise.task, []).append(i)
     return [
-        _line(task, [exercises[i] for i in members], [right[i] for i in members], plain)
+        _line(task, [exercises[i] for i in members], [credits[i] for i in members], plain)
         for task, members in tasks.items()
     ]
 
 
-def _line(task: str, exercises: list[Exercise], right: list[bool], plain: Mapping[int, bool]) -> Line:
+def _line(task: str, exercises: list[Exercise], credits: list[float], plain: Mapping[int, float]) -> Line:
     withheld = [plain[id(e)] for e in exercises if id(e) in plain]
     return Line(
         task,
         len(exercises),
-        sum(right),
-        *wilson(sum(right), len(exercises)),
+        sum(credits),
+        *wilson(sum(credits), len(exercises)),
         guess(exercises),
         sum(withheld) / len(withheld) if withheld else None,
+        (exercises[0].shows or "thinking") if withheld else None,
     )
 
 
-async def _run(llm: AsyncLLM, jobs: Iterable[tuple[Exercise, bool]]) -> list[bool]:
+async def _run(llm: AsyncLLM, jobs: Iterable[Exercise]) -> list[float]:
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def one(exercise: Exercise, thinking: bool) -> bool:
+    async def one(exercise: Exercise) -> float:
         async with room:
-            return await _is_right(llm, exercise, thinking)
+            return await _credit(llm, exercise)
 
-    return list(await asyncio.gather(*(one(exercise, thinking) for exercise, thinking in jobs)))
+    return list(await asyncio.gather(*(one(exercise) for exercise in jobs)))
 
 
-async def _is_right(llm: AsyncLLM, exercise: Exercise, thinking: bool) -> bool:
+async def _credit(llm: AsyncLLM, exercise: Exercise) -> float:
     try:
         reply = await llm.chat(
             list(exercise.messages),
             tools=list(exercise.tools) or None,
-            thinking=thinking,
+            thinking=exercise.thinking,
             params=SamplingParams(temperature=0.0, max_tokens=LONGEST_REPLY),
         )
     except ContextError:
-        return False  # a model whose context is too short for the exercise does not solve it
-    return reply.finish_reason != "length" and COMPARE[exercise.score](reply, exercise.expect)
+        return 0.0  # a model whose context is too short for the exercise does not solve it
+    return 0.0 if reply.finish_reason == "length" else float(COMPARE[exercise.score](reply, exercise.expect))
+
+
+def possible(exercises: Sequence[Exercise], kinds: Collection[str]) -> tuple[list[Exercise], list[str]]:
+    """Those that a model can take which sees and hears `kinds` ("image", ...), and the tasks of the others."""
+    able = [e for e in exercises if e.shows is None or e.shows in kinds]
+    left = set(map(id, exercises)) - set(map(id, able))
+    return able, list(dict.fromkeys(e.task for e in exercises if id(e) in left))
 
 
 def thin(exercises: Sequence[Exercise], most: int) -> list[Exercise]:
