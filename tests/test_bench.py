@@ -37,6 +37,12 @@ def test_serve_sim():
     assert result["between_tokens_p50_s"] > 0
 
 
+def test_serve_sim_beside_transformers():
+    result = bench("serve-sim", *SMALL, "--num-prompts", "3", "--rate", "50", "--baseline", "transformers")
+    assert 0 < result["baseline_first_token_p50_s"] < result["baseline_total_s"]
+    assert result["times_baseline"] == pytest.approx(result["baseline_total_s"] / result["total_s"])
+
+
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(Exception, match="--baseline is 'llama', but the only one is transformers"):
         bench("latency", *SMALL, "--baseline", "llama")

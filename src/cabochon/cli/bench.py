@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..engine.engine import Engine
     from ..llm import LLM
+    from .baseline import Transformers
 
 app = typer.Typer(name="bench", help="Measure: tables, then one JSON line.", no_args_is_help=True)
 app.command("cpu")(cpu)
@@ -33,7 +34,15 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Batched = Annotated[int, typer.Option("--max-num-batched-tokens", help="Tokens per step.")]
 Seqs = Annotated[int, typer.Option("--max-num-seqs", help="Replies at once.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp8 or int8.")]
-Baseline = Annotated[str | None, typer.Option(help="transformers: time it as well, in the same run.")]
+
+
+def _known(baseline: str | None) -> str | None:
+    if baseline not in (None, "transformers"):
+        raise InputError(f"--baseline is {baseline!r}, but the only one is transformers.")
+    return baseline
+
+
+Baseline = Annotated[str | None, typer.Option(help="transformers: time it as well, in the same run.", callback=_known)]
 
 
 @app.command()
@@ -71,7 +80,7 @@ def latency(
         **_shares(llm.front.engine),
     }
     if baseline:
-        theirs = _baseline(baseline, model, llm, batch, input_len, output_len)
+        theirs = _transformers(model, llm).together(_prompts(llm, batch, input_len, 1), output_len)
         result |= {"baseline_total_s": theirs, "times_baseline": theirs / middle["total"]}
     _print(result)
 
@@ -107,7 +116,7 @@ def throughput(
         **_shares(llm.front.engine),
     }
     if baseline:
-        theirs = _baseline(baseline, model, llm, num_prompts, input_len, output_len)
+        theirs = _transformers(model, llm).together(_prompts(llm, num_prompts, input_len, 1), output_len)
         result |= {"baseline_total_s": theirs, "times_baseline": theirs / run["total"]}
     _print(result)
 
@@ -120,6 +129,7 @@ def serve_sim(
     input_len: Annotated[int, typer.Option(help="Mean tokens of a prompt (half to one and a half of it).")] = 128,
     output_len: Annotated[int, typer.Option(help="Mean tokens of a reply.")] = 64,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    baseline: Baseline = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_num_seqs: Seqs = 64,
@@ -150,6 +160,10 @@ def serve_sim(
         "preemptions": engine.stats.preemptions,
         **_shares(engine),
     }
+    if baseline:
+        first, theirs = _transformers(model, llm).in_turn(arrivals)
+        result |= {"baseline_total_s": theirs, "times_baseline": theirs / seconds}
+        result |= {f"baseline_first_token_p{q}_s": _percentile(first, q) for q in (50, 90, 99)}
     _print(result)
 
 
@@ -236,12 +250,10 @@ def _shares(engine: Engine) -> dict[str, float]:
     }
 
 
-def _baseline(name: str, model: str | None, llm: LLM, count: int, input_len: int, output_len: int) -> float:
-    if name != "transformers":
-        raise InputError(f"--baseline is {name!r}, but the only one is transformers.")
-    from .baseline import seconds
+def _transformers(model: str | None, llm: LLM) -> Transformers:
+    from .baseline import Transformers
 
-    return seconds(model, llm, _prompts(llm, count, input_len, 1), output_len)
+    return Transformers(model, llm)
 
 
 def _print(result: dict[str, Any]) -> None:
