@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
+from llguidance import LLParserLimits
 
+from cabochon.chat import grammar
 from cabochon.llm import AsyncLLM
 from support.stand import NAME, post, running, toy_llm
 
@@ -243,6 +245,7 @@ def test_a_conversation_with_tools_goes_round(base: str) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "grammar"),
+        ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages", "a call must come before"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "'huge'"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "x"),
@@ -258,6 +261,18 @@ def test_wrong_fields_are_named(base: str, change: dict[str, Any], field: str | 
     assert words in error["message"].replace("must hold one of", "exactly one"), error
     assert "\n" not in error["message"]
     assert field is None or (error["param"] or "").startswith(field), error
+
+
+def test_a_grammar_that_outgrows_the_limits_is_the_requests_fault(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, but every token doubles the ways in which the text may have come about."""
+    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_items_in_row=40, verbose_errors=False))
+    asked = {**ASK, "max_tokens": 200, "structured_outputs": {"grammar": 'start: s\ns: s s | "a" | "b"'}}
+    answer = post(base, "/v1/chat/completions", asked)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "structured_outputs.grammar" and "grew beyond what can be followed" in error["message"]
+    *_, last = events(post(base, "/v1/chat/completions", {**asked, "stream": True}))
+    assert last["error"] == error
 
 
 def test_faults_outside_the_body(base: str) -> None:

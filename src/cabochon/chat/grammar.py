@@ -40,23 +40,36 @@ class Grammar:
 
 
 class Walk:
-    """One walk through a grammar: which tokens may come next, then the one that came."""
+    """One walk through a grammar: which tokens may come next, then the one that came.
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    A grammar that compiles may still outgrow the limits on a step's work, which keep one request from holding up all
+    others. That is the grammar's fault and not ours: a `RequestError` that names its field.
+    """
+
+    def __init__(self, matcher: LLMatcher, field: str, vocab_size: int) -> None:
         self._matcher = matcher
+        self._field = field
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
         self._size = vocab_size
 
     def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which token may come next, `[V]` bool."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            raise EngineError(f"The grammar can't be followed any further: {_first_line(self._matcher.get_error())}.")
+        self._check()
         return np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(np.bool_)
 
     def advance(self, token_id: int) -> None:
         if not self._matcher.consume_token(token_id):
+            self._check()
             raise EngineError(f"Token {token_id} is not what the grammar allows here.")
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(
+                f"{self._field} grew beyond what can be followed ({_first_line(self._matcher.get_error())}); "
+                "make its rules less ambiguous or its parts smaller.",
+                self._field,
+            )
 
     def forced(self) -> list[int]:
         """Tokens that must come next."""
@@ -87,7 +100,7 @@ class Vocabulary:
 
     def walk(self, grammar: Grammar) -> Walk:
         """Start at the beginning of `grammar`."""
-        return Walk(self._matcher(grammar).deep_copy(), self.size)
+        return Walk(self._matcher(grammar).deep_copy(), grammar.field, self.size)
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         with self._lock:

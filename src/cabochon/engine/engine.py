@@ -304,6 +304,8 @@ class Engine:
                     self._see_end(track, forced)
                     if track.finish is not None:
                         break
+        except RequestError as error:
+            self._mark(track, "error", error=error)
         except Exception as error:  # a foreign object: whatever it raises ends this request only
             self._mark(track, "error", error=f"The constraint of this request failed: {error}")
 
@@ -328,7 +330,9 @@ class Engine:
 
     # Ends -------------------------------------------------------------------------------------------------------------
 
-    def _mark(self, track: Track, reason: str, *, stop: int | None = None, error: str | None = None) -> None:
+    def _mark(
+        self, track: Track, reason: str, *, stop: int | None = None, error: str | RequestError | None = None
+    ) -> None:
         track.finish, track.stop_reason, track.error = reason, stop, error  # type: ignore[assignment]  # str
 
     def _close(self, track: Track) -> None:

@@ -148,5 +148,5 @@ class StepOutput:
     finish_reason: EngineFinish | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0
-    error: str | None = None
-    """One sentence, when finish_reason is "error"."""
+    error: str | RequestError | None = None
+    """When finish_reason is "error": one sentence about a fault of ours, or what was wrong with the request."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import RequestError
 from ..ops import largest
 from .request import TokenLogprob
 from .track import Track
@@ -29,7 +30,7 @@ class Drawn:
 
     token: int
     logprob: TokenLogprob | None = None
-    error: str | None = None
+    error: str | RequestError | None = None
 
 
 def draw(logits: Tensor, tracks: list[Track], suppress: Tensor | None = None) -> list[Drawn]:
@@ -85,8 +86,8 @@ def score(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogpr
 # Penalties, bias, constraint ------------------------------------------------------------------------------------------
 
 
-def _adjust(row: Tensor, track: Track) -> str | None:
-    """Apply what concerns one row alone, in place; one sentence if its constraint failed."""
+def _adjust(row: Tensor, track: Track) -> str | RequestError | None:
+    """Apply what concerns one row alone, in place; why its constraint failed, if it did."""
     params = track.request.params
     if params.repetition_penalty != 1.0:
         seen = torch.from_numpy(np.unique(track.ids)).to(row.device)
@@ -103,6 +104,8 @@ def _adjust(row: Tensor, track: Track) -> str | None:
     if track.constraint is not None:
         try:
             track.constraint.mask(row)
+        except RequestError as error:
+            return error
         except Exception as error:  # whatever a foreign object raises must end this request only
             return f"The constraint of this request failed: {error}"
     return None

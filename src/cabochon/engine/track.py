@@ -8,6 +8,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import RequestError
 from ..kv.cache import Holding
 from ..kv.prefix import Content
 from .request import Constraint, EngineFinish, Request, SoftSpan, TokenLogprob
@@ -61,7 +62,7 @@ class Track:
         self.prompt_scores: list[TokenLogprob | None] = []
         self.finish: EngineFinish | None = None
         self.stop_reason: int | None = None
-        self.error: str | None = None
+        self.error: str | RequestError | None = None
         self.started_at = now
         self.last_token_at: float | None = None
 

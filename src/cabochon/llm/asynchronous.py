@@ -24,7 +24,7 @@ from ..engine.stats import Gauges, Stats
 from ..errors import EngineError
 from .front import Ask, ConstraintMaker, Front, Tools
 from .loading import Loaded, load
-from .replies import Chunk
+from .replies import Chunk, failure
 
 CLOSED = "The engine has been closed."
 
@@ -208,7 +208,7 @@ class AsyncLLM:
                 if reply.over:
                     continue
                 if output.finish_reason == "error":
-                    raise EngineError(output.error or "The request failed.")
+                    raise failure(output)
                 chunk = reply.push(output)
                 if chunk.finish_reason is not None and output.finish_reason is None:
                     index = output.index  # a stop string: the engine does not know yet

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any
 
-from ..chat.messages import Conversation, ParserState, Prompt, Tool
+from ..chat.messages import Conversation, ParserState, Prompt, Tool, read_messages
 from ..chat.tokenizer import Tokenizer
 from ..engine.engine import Engine
 from ..engine.options import EngineOptions
@@ -17,6 +18,8 @@ from ..media.source import Policy
 from ..senses import Senses
 from .loading import Loaded
 from .replies import ChatReply, RawReply
+
+log = logging.getLogger("cabochon")
 
 ConstraintMaker = Callable[[ParserState, int], Constraint]
 """Makes the constraint of one reply from the parser's state after the prompt and the most tokens of the reply."""
@@ -73,6 +76,8 @@ class Front:
         )
         self.eos = frozenset(loaded.generation.eos or loaded.config.tokens.eos)
         self._numbers = count()
+        self._told: set[str] = set()
+        """What callers have been told about their prompts; once is enough."""
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -87,6 +92,12 @@ class Front:
         """A conversation as token ids; media parts are still single placeholders."""
         if self.template is None:
             raise InputError(f"{self.name} has no tokenizer, so it can't chat; it serves token ids only.")
+        messages = read_messages(messages)
+        if {message.role for message in messages} - {"system", "developer"} == {"tool"}:
+            # The published template leaves results without a call out, which here is all there is.
+            raise RequestError(
+                "messages hold nothing but results of tools; a call must come before its result.", "messages"
+            )
         return self.template.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
 
     def chat(
@@ -111,6 +122,10 @@ class Front:
         tokenizer, senses = self._text_tools()
         if prompt.media:
             prompt, spans = senses.expand(prompt, {**(self.media_options or {}), **(media_options or {})})
+        for notice in prompt.notices:
+            if notice not in self._told:
+                self._told.add(notice)
+                log.warning(notice)
         ends = {tokenizer.turn_close, tokenizer.tool_response_open}
         params = self._settle(params, len(prompt.token_ids))
         request = Request(

@@ -9,6 +9,7 @@ from ..chat.messages import Event, Finish, FinishReason, ParserState, TextDelta
 from ..chat.parser import Parser
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import Completion, EngineFinish, StepOutput, TokenLogprob
+from ..errors import CabochonError, EngineError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,12 @@ class Chunk:
     finish_reason: EngineFinish | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0
+
+
+def failure(output: StepOutput) -> CabochonError:
+    """What to raise for an output that ended in an error."""
+    error = output.error
+    return error if isinstance(error, RequestError) else EngineError(error or "The request failed.")
 
 
 class StopStrings:

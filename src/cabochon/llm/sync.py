@@ -12,10 +12,10 @@ import torch
 
 from ..chat.messages import Conversation, Event, Reply
 from ..engine.request import Completion, Request, SamplingParams, StepOutput
-from ..errors import EngineError, InputError
+from ..errors import InputError
 from .front import Ask, ConstraintMaker, Front, Tools
 from .loading import Loaded, load
-from .replies import Chunk
+from .replies import Chunk, failure
 
 
 class LLM:
@@ -180,7 +180,7 @@ class LLM:
         if reply.over:
             return
         if output.finish_reason == "error":
-            raise EngineError(output.error or "The request failed.")
+            raise failure(output)
         chunk = reply.push(output)
         if chunk.finish_reason is not None and output.finish_reason is None:
             with self._lock:  # a stop string: the engine does not know yet
