@@ -171,6 +171,21 @@ def test_text_from_the_model_stays_text(page: Any) -> None:
     assert page.evaluate("window.hit") is None
 
 
+def test_the_description_of_the_endpoints(page: Any, base: str) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(base + "/docs")
+    page.wait_for_selector("details code")
+    described = httpx.get(base + "/openapi.json").json()
+    assert page.locator("details").count() == sum(len(operations) for operations in described["paths"].values())
+    box = page.locator("details:has(code:text-is('/v1/chat/completions'))")
+    box.locator("summary").click()
+    shown = box.text_content()
+    for words in ("temperature", "list of ChatMessage", "required", "tool_choice", "Retry-After"):
+        assert words in shown
+    assert all(url.startswith(base) for url in asked), asked
+
+
 def test_a_phone(browser: Any, base: str) -> None:
     context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark")
     page = context.new_page()

@@ -37,7 +37,9 @@ def create_app(llm: AsyncLLM, options: ServerOptions, traffic: Traffic | None = 
     """The server around one engine. `traffic.draining` closes it to new requests."""
     traffic = traffic or Traffic()
     service = Service(llm, options)
-    app = FastAPI(title="Cabochon", version=__version__, redoc_url=None, separate_input_output_schemas=False)
+    app = FastAPI(
+        title="Cabochon", version=__version__, docs_url=None, redoc_url=None, separate_input_output_schemas=False
+    )
     app.state.service = service
     app.include_router(openai_routes(service))
     app.include_router(responses_routes(service))
@@ -59,6 +61,10 @@ def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(STATIC / "index.html", headers={"Content-Security-Policy": ONLY_OURS})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(STATIC / "docs.html", headers={"Content-Security-Policy": ONLY_OURS})
 
     @app.get("/health", summary="The process is alive", tags=["Operation"])
     async def health() -> Response:
@@ -128,7 +134,7 @@ def _describe(app: FastAPI) -> None:
             app.openapi_schema = schema
         return app.openapi_schema
 
-    app.openapi = described  # type: ignore[method-assign]
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's own documentation has it
 
 
 ONLY_OURS = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
