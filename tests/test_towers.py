@@ -22,7 +22,6 @@ from cabochon.model.audio import AudioTower
 from cabochon.model.layers import Projector
 from cabochon.model.unified import VisionEmbedder
 from cabochon.model.vision import VisionTower
-from cabochon.ops import attend_all, cpu, reference
 
 VISION = {
     "E": VisionConfig(64, 96, 3, 4, 16, 1e-6, 100.0, 16, 3, 512, True, False, 280),
@@ -170,23 +169,3 @@ def test_encoder_free_embedders_equal_reference():
     same_weights(ear, their_ear)
     frames = torch.from_numpy(sound.raw_frames(np.random.default_rng(1).standard_normal(3000).astype(np.float32)))
     torch.testing.assert_close(ear(frames), their_ear(frames), atol=1e-4, rtol=0)
-
-
-@pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
-@pytest.mark.parametrize("isa", cpu.supported())
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 37, 3, 24), (1, 130, 2, 72), (1, 257, 2, 64), (1, 128, 1, 8)])
-@torch.inference_mode()
-def test_attend_all_equals_its_slow_twin(isa, dtype, tolerance, shape):
-    """Fresh inputs; counts around the blocks of 128 keys and 24 queries, widths that fill no register."""
-    before = cpu.active()
-    q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
-    expected = reference.attend_all(q.double(), k.double(), v.double())
-    cpu.use(isa)
-    try:
-        got = attend_all(q, k, v)
-        again = attend_all(q[:1], k[:1], v[:1])
-    finally:
-        cpu.use(before)
-    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=0)
-    assert torch.equal(again, got[:1]), "a picture does not depend on the one beside it"

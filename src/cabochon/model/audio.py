@@ -1,8 +1,8 @@
 """The audio tower of E2B and E4B: log-mel frames in, soft tokens out, four frames to one.
 
-A conformer whose attention sees only the last twelve tokens. The reference cuts the sequence into blocks and shifts a
-matrix of relative scores; here each query block meets its window of keys directly, and because a key's relative
-position only adds to it (q k + q r = q (k + r)), the relative scores are gathered by distance.
+A conformer whose attention sees only the last twelve tokens. transformers cuts the sequence into blocks and shifts a
+matrix of relative scores; here a query meets its twelve keys directly, and because a key's relative position only adds
+to it (q k + q r = q (k + r)), there is no such matrix.
 
 One sound at a time and only its own frames, so nothing is padded or masked out.
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import AudioConfig
 from ..errors import ConfigError
 from .layers import ClippedLinear, Linear, RMSNorm
@@ -60,7 +61,6 @@ class Attention(nn.Module):
         super().__init__()
         width, clipped = config.hidden_size, config.use_clipped_linears
         self.heads, self.cap = config.num_attention_heads, config.attention_logit_cap
-        self.block, self.reach = config.attention_chunk_size, config.attention_context_left - 1
         head = width // self.heads
         self.q_proj = ClippedLinear(width, width, clipped)
         self.k_proj = ClippedLinear(width, width, clipped)
@@ -73,34 +73,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, distance: Tensor) -> Tensor:
         """`x` [A, W] and the sinusoids `distance` [reach, W] of 0, 1, ... tokens back -> [A, W]. Scores in float32."""
         shape, wide = (self.heads, -1), torch.promote_types(x.dtype, torch.float32)
-        q = self.q_proj(x).to(wide).unflatten(-1, shape) * (self.q_scale * F.softplus(self.per_dim_scale.to(wide)))
-        k = self.k_proj(x).to(wide).unflatten(-1, shape) * self.k_scale
-        v = self.v_proj(x).to(wide).unflatten(-1, shape)
-        relative = self.relative_k_proj(distance).to(wide).unflatten(-1, shape)
-        out: Tensor = self.post(self._windowed(q, k, v, relative).flatten(1).to(x.dtype))
+        q, k, v = (proj(x).unflatten(-1, shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        relative = self.relative_k_proj(distance).unflatten(-1, shape)
+        scale = self.q_scale * F.softplus(self.per_dim_scale.to(wide))
+        out: Tensor = self.post(ops.attend_recent(q, k, v, relative, scale, self.k_scale, self.cap).flatten(1))
         return out
-
-    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, relative: Tensor) -> Tensor:
-        """`q`, `k`, `v` [A, N, H], `relative` [reach, N, H] -> [A, N, H]; C blocks of Q queries over S keys each."""
-        count, block, back = q.shape[0], self.block, self.reach - 1
-        blocks = -(-count // block)
-        fill = blocks * block - count
-        queries = F.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(0, (blocks, block)).transpose(1, 2)  # [C, N, Q, H]
-        keys = F.pad(k, (0, 0, 0, 0, back, fill)).unfold(0, back + block, block)  # [C, N, H, S]
-        values = F.pad(v, (0, 0, 0, 0, back, fill)).unfold(0, back + block, block)
-
-        asks = torch.arange(block, device=q.device)[:, None]
-        place = torch.arange(back + block, device=q.device)[None, :]
-        away = asks + back - place  # [Q, S]: how many tokens the key lies before the query
-        in_reach = (away >= 0) & (away < self.reach)
-        begun = torch.arange(blocks, device=q.device)[:, None] * block + place - back >= 0  # [C, S]
-        seen = in_reach[None, None] & begun[:, None, None]
-
-        nearness = queries @ relative.permute(1, 2, 0)  # [C, N, Q, reach]
-        shifted = nearness.gather(-1, away.clamp(0, self.reach - 1).expand(*nearness.shape[:2], -1, -1))
-        scores = self.cap * torch.tanh((queries @ keys + shifted) / self.cap)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        return (weights @ values.transpose(2, 3)).transpose(1, 2).flatten(0, 1)[:count]
 
 
 class FeedForward(nn.Module):
@@ -116,9 +93,8 @@ class FeedForward(nn.Module):
         self.share = config.residual_weight
 
     def forward(self, x: Tensor, bound: float) -> Tensor:
-        y = self.ffw_layer_2(F.silu(self.ffw_layer_1(self.pre_layer_norm(x.clamp(-bound, bound)))))
-        out: Tensor = x + self.post_layer_norm(y.clamp(-bound, bound)) * self.share
-        return out
+        y = self.ffw_layer_2(self.ffw_layer_1(self.pre_layer_norm.settle(x, bound=bound), silu=True))
+        return self.post_layer_norm.settle(y, bound=bound, onto=x, share=self.share)
 
 
 class LightConv(nn.Module):
@@ -134,11 +110,12 @@ class LightConv(nn.Module):
         self.conv_norm = RMSNorm(width, eps)
 
     def forward(self, x: Tensor, bound: float) -> Tensor:
-        y = F.glu(self.linear_start(self.pre_layer_norm(x)), -1)
+        start = self.linear_start
+        value, gate = start.linear.weight.chunk(2)  # type: ignore[union-attr]  # towers are not quantised
+        y = ops.clipped_gate(self.pre_layer_norm(x), value, gate, (start.clip, start.clip), "sigmoid")
         taps = self.depthwise_conv1d.weight[:, 0].T  # [kernel, W], oldest first
-        padded = F.pad(y, (0, 0, taps.shape[0] - 1, 0))
-        y = sum(padded[i : i + len(y)] * tap for i, tap in enumerate(taps))
-        out: Tensor = x + self.linear_end(F.silu(self.conv_norm(y.clamp(-bound, bound))))
+        y = ops.blend(y, taps, self.conv_norm.weight, self.conv_norm.eps, bound)
+        out: Tensor = x + self.linear_end(y)
         return out
 
 
@@ -158,11 +135,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, distance: Tensor, bound: float) -> Tensor:
         x = self.feed_forward1(x, bound)
-        y = self.self_attn(self.norm_pre_attn(x.clamp(-bound, bound)), distance)
-        x = x + self.norm_post_attn(y.clamp(-bound, bound))
+        y = self.self_attn(self.norm_pre_attn.settle(x, bound=bound), distance)
+        x = self.norm_post_attn.settle(y, bound=bound, onto=x)
         x = self.feed_forward2(self.lconv1d(x, bound), bound)
-        out: Tensor = self.norm_out(x.clamp(-bound, bound))
-        return out
+        return self.norm_out.settle(x, bound=bound)
 
 
 class AudioTower(nn.Module):

@@ -46,6 +46,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def settle(self, x: Tensor, *, bound: float = torch.inf, onto: Tensor | None = None, share: float = 1.0) -> Tensor:
+        """`onto + share *` the norm of `x` cut to +-`bound`."""
+        return ops.settle(x, self.weight, self.eps, bound=bound, onto=onto, share=share)
+
 
 def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, rotated / 2] of the angles at `position` [T].
@@ -59,11 +63,7 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
 
 
 class ClippedLinear(nn.Module):
-    """A tower's matrix: inputs and outputs are clamped to ranges that the checkpoint holds; plain without `clipped`.
-
-    Multiplied by torch. Our own CPU product gives a row the same bits in any company and takes 1.3 times as long; a
-    tower's rows always come in the same company, because there pictures and sounds go through it one at a time.
-    """
+    """A tower's matrix: inputs and outputs are clamped to ranges that the checkpoint holds; plain without `clipped`."""
 
     input_min: Tensor
     input_max: Tensor
@@ -79,12 +79,14 @@ class ClippedLinear(nn.Module):
                 self.register_buffer(f"{side}_min", torch.tensor(-torch.inf))
                 self.register_buffer(f"{side}_max", torch.tensor(torch.inf))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.linear.weight
+    @property
+    def clip(self) -> ops.Clip | None:
         if not self.clipped:
-            return ops.reference.linear(x, weight)
-        clamped = torch.clamp(x, self.input_min, self.input_max)
-        return torch.clamp(ops.reference.linear(clamped, weight), self.output_min, self.output_max)
+            return None
+        return ops.Clip(self.input_min, self.input_max, self.output_min, self.output_max)
+
+    def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
+        return ops.clipped_linear(x, self.linear.weight, self.clip, silu=silu)
 
 
 class Projector(nn.Module):

@@ -18,6 +18,7 @@ from .. import ops
 from ..config import Kind, LayerSpec, TextConfig
 from ..kv.layout import row_geometry
 from .batch import Batch
+from .fused import fused
 from .layers import Embedding, Linear, RMSNorm, rope_angles
 
 Angles = tuple[Tensor, Tensor]
@@ -254,6 +255,8 @@ class Text(nn.Module):
         angles: Angles,
     ) -> Tensor:
         spec, attn = layer.spec, layer.self_attn
+        if (whole := fused(layer, x)) and (y := whole.run(x, ple, step, batch, skip, *angles)) is not None:
+            return y
         normed = layer.input_layernorm(x)
         if spec.owns_kv:
             step[spec.index] = attn.kv_rows(normed, angles)

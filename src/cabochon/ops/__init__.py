@@ -1,4 +1,4 @@
-"""One function per op; the arguments and results are documented once, in `ops.reference`.
+"""One function per op; the arguments and results are documented once, in `ops.reference` and `ops.reference_towers`.
 
 Each call goes to the fastest implementation at hand for the tensor's device: `ops.cpu` (C++), `ops.gpu` (Triton, for
 CUDA and ROCm), else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
@@ -14,11 +14,13 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 
 from . import cpu, gpu, reference
-from .mutual import attend_all
 from .reference import Weight
+from .reference_towers import Clip
+from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, settle, turn
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
+    "Clip",
     "Pages",
     "Past",
     "Rows",
@@ -26,6 +28,10 @@ __all__ = [
     "Weight",
     "attend",
     "attend_all",
+    "attend_recent",
+    "blend",
+    "clipped_gate",
+    "clipped_linear",
     "embed",
     "experts",
     "gated_mlp",
@@ -36,7 +42,9 @@ __all__ = [
     "rms_norm",
     "rope",
     "route",
+    "settle",
     "store",
+    "turn",
 ]
 
 P = ParamSpec("P")

@@ -2,6 +2,10 @@
 
 Matrix = tuple[int, int, int, int, int, int]
 """format, dtype, codes, scales, rows, cols."""
+Seen = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""pages, scales, table, table width, slots, split, first rows, positions, last seen, starts, contexts, first, requests."""
+Stored = tuple[int, int, int, int, int]
+"""KV heads, row width, key offset, value offset, window or 0."""
 
 def supported() -> list[str]: ...
 def active() -> str: ...
@@ -36,34 +40,109 @@ def rope(
 ) -> None: ...
 def store(pages: int, rows: int, slots: int, tokens: int, bytes: int, /) -> None: ...
 def attend(
-    q: int,
-    step: int,
-    pages: int,
-    scales: int,
-    out: int,
-    dtype: int,
-    row_start: int,
-    position: int,
-    see_until: int,
-    start: int,
-    context: int,
-    table: int,
-    first: int,
-    requests: int,
-    heads: int,
-    kv_heads: int,
-    head: int,
-    width: int,
-    key_offset: int,
-    value_offset: int,
-    window: int,
-    table_width: int,
-    slots: int,
-    split: int,
-    /,
+    q: int, step: int, seen: Seen, shape: Stored, out: int, dtype: int, heads: int, head: int, /
 ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        head: tuple[int, float, int, int],
+        vectors: tuple[int, ...],
+        matrices: tuple[Matrix, ...],
+        stored: Stored,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        count: int,
+        y: int,
+        step: int,
+        cos: int,
+        sin: int,
+        half_rotated: int,
+        ple: int,
+        ple_stride: int,
+        seen: Seen,
+        /,
+    ) -> None: ...
+
 def attend_all(
     q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
+) -> None: ...
+def matrix_tiles() -> bool: ...
+def product(
+    x: int,
+    count: int,
+    cols: int,
+    stride: int,
+    first: int,
+    second: int,
+    outputs: int,
+    limits_in: tuple[float, float],
+    limits_out: tuple[float, float],
+    second_limits_out: tuple[float, float],
+    how: int,
+    y: int,
+    /,
+) -> None: ...
+def settle(
+    x: int,
+    dtype: int,
+    count: int,
+    width: int,
+    stride: int,
+    weight: int,
+    onto: int,
+    eps: float,
+    bound: float,
+    share: float,
+    y: int,
+    /,
+) -> None: ...
+def turn(
+    x: int,
+    weight: int,
+    cos: int,
+    sin: int,
+    y: int,
+    dtype: int,
+    eps: float,
+    tokens: int,
+    places: int,
+    heads: int,
+    head: int,
+    /,
+) -> None: ...
+def recent(
+    q: int,
+    k: int,
+    v: int,
+    relative: int,
+    scale: int,
+    out: int,
+    dtype: int,
+    key_scale: float,
+    cap: float,
+    tokens: int,
+    heads: int,
+    head: int,
+    reach: int,
+    /,
+) -> None: ...
+def blend(
+    x: int,
+    dtype: int,
+    count: int,
+    width: int,
+    stride: int,
+    taps: int,
+    weight: int,
+    tap_count: int,
+    eps: float,
+    bound: float,
+    y: int,
+    /,
 ) -> None: ...
 def largest(x: int, count: int, width: int, stride: int, k: int, values: int, places: int, /) -> None: ...
 def quantize(

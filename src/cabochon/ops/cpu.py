@@ -19,11 +19,11 @@ from .reference import Weight
 from .views import Pages, Past, Rows, ScaledPages
 
 try:
-    from . import _cpu
+    from . import _cpu as _cpu  # the towers' ops call it too
 except ImportError:  # installed without a compiler; `cabochon doctor` says what that costs
     _cpu = None  # type: ignore[assignment]  # installed without a compiler
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"int8": 1, "int4": 2}
 """Quantised formats that there are kernels for, as they call them."""
 _on = _cpu is not None
@@ -66,7 +66,7 @@ def on() -> bool:
 
 def knows(x: Tensor) -> bool:
     """Are there kernels for numbers like those of `x`?"""
-    return x.dtype in _DTYPES and x.is_cpu and on()
+    return x.dtype in DTYPES and x.is_cpu and on()
 
 
 def ready(x: Tensor) -> bool:
@@ -74,7 +74,7 @@ def ready(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and knows(x)
 
 
-def _matrix(weight: Weight, x: Tensor) -> tuple[int, int, int, int, int, int] | None:
+def as_matrix(weight: Weight, x: Tensor) -> _cpu.Matrix | None:
     """What the kernels want to know of `weight` [.., O, I]; None when it is nothing for them."""
     rows, cols = weight.shape[-2:]
     if isinstance(weight, QuantTensor):
@@ -83,42 +83,42 @@ def _matrix(weight: Weight, x: Tensor) -> tuple[int, int, int, int, int, int] | 
         return FORMATS[weight.format], 0, weight.codes.data_ptr(), weight.scales.data_ptr(), rows, cols
     if weight.dtype != x.dtype or not weight.is_contiguous():
         return None
-    return 0, _DTYPES[weight.dtype], weight.data_ptr(), 0, rows, cols
+    return 0, DTYPES[weight.dtype], weight.data_ptr(), 0, rows, cols
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """`x` [.., I] as rows [M, I] whose numbers lie together."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    matrix = _matrix(weight, x)
+    matrix = as_matrix(weight, x)
     if matrix is None:
         return reference.linear(x, weight)
-    rows, dtype = _rows(x), _DTYPES[x.dtype]
+    rows, dtype = as_rows(x), DTYPES[x.dtype]
     y = x.new_empty(*x.shape[:-1], matrix[4])
     _cpu.linear(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), matrix, y.data_ptr(), dtype, 0.0)
     return y
 
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
-    matrix = _matrix(weight, x)
+    matrix = as_matrix(weight, x)
     if matrix is None:
         return reference.head(x, weight, softcap)
-    rows = _rows(x)
+    rows = as_rows(x)
     y = torch.empty(*x.shape[:-1], matrix[4], dtype=torch.float32)
     _cpu.linear(
-        rows.data_ptr(), _DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, y.data_ptr(), 0, softcap or 0.0
+        rows.data_ptr(), DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, y.data_ptr(), 0, softcap or 0.0
     )
     return y
 
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    first, second, third = _matrix(gate, x), _matrix(up, x), _matrix(down, x)
+    first, second, third = as_matrix(gate, x), as_matrix(up, x), as_matrix(down, x)
     if first is None or second is None or third is None or first[0] != second[0]:
         return reference.gated_mlp(x, gate, up, down)
-    rows, dtype = _rows(x), _DTYPES[x.dtype]
+    rows, dtype = as_rows(x), DTYPES[x.dtype]
     y = torch.empty(*x.shape[:-1], third[4], dtype=x.dtype)
     _cpu.gated(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), first, second, third, y.data_ptr())
     return y
@@ -132,16 +132,16 @@ def route(
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    first, second = _matrix(gate_up, x), _matrix(down, x)
+    first, second = as_matrix(gate_up, x), as_matrix(down, x)
     # The rows of `up` begin where those of `gate` end: in a panel of their own, or the kernels can't address them.
     apart = not isinstance(gate_up, QuantTensor) or down.shape[-1] % PANEL == 0
     if first is None or second is None or weights.dtype != x.dtype or not apart:
         return reference.experts(x, chosen, weights, gate_up, down)
-    x, chosen, weights = _rows(x), chosen.contiguous(), weights.contiguous()
+    x, chosen, weights = as_rows(x), chosen.contiguous(), weights.contiguous()
     y = torch.empty_like(x)
     _cpu.experts(
         x.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.shape[0],
         x.stride(0),
         chosen.data_ptr(),
@@ -167,11 +167,11 @@ def _steps(stacked: Weight) -> tuple[int, int]:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None and weight.dtype != x.dtype:
         return reference.rms_norm(x, weight, eps)
-    rows = _rows(x)
+    rows = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype)
     _cpu.norm(
         rows.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         rows.shape[0],
         rows.shape[1],
         rows.stride(0),
@@ -189,7 +189,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x)
     tokens, heads, head = x.shape
     _cpu.rope(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), _DTYPES[x.dtype], tokens, heads, head, cos.shape[-1]
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), DTYPES[x.dtype], tokens, heads, head, cos.shape[-1]
     )
     return y
 
@@ -217,57 +217,53 @@ def attend(
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    codes, scales, split = _stored(pages if past is not None else None)
-    if step.dtype != q.dtype or (codes is not None and codes.dtype != (q.dtype if scales is None else torch.int8)):
+    seen = seen_by(q.dtype, pages, rows, start, context, past)
+    if step.dtype != q.dtype or seen is None:
         return reference.attend(
             q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
         )
     q, step = q.contiguous(), step.contiguous()
     out = torch.empty_like(q)
-    table = past.table.contiguous() if past is not None and codes is not None else None
-    _cpu.attend(
-        q.data_ptr(),
-        step.data_ptr(),
-        0 if codes is None else codes.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        out.data_ptr(),
-        _DTYPES[q.dtype],
-        rows.start.data_ptr(),
-        rows.position.data_ptr(),
-        rows.see_until.data_ptr(),
-        start.data_ptr(),
-        context.data_ptr(),
-        0 if table is None else table.data_ptr(),
-        0 if table is None or past is None else past.first.data_ptr(),
-        context.shape[0],
-        q.shape[1],
-        step.shape[1],
-        q.shape[2],
-        step.shape[2],
-        key_offset,
-        value_offset,
-        window or 0,
-        0 if table is None else table.shape[1],
-        0 if codes is None else codes.shape[1],
-        split,
-    )
+    shape = (step.shape[1], step.shape[2], key_offset, value_offset, window or 0)
+    _cpu.attend(q.data_ptr(), step.data_ptr(), seen, shape, out.data_ptr(), DTYPES[q.dtype], q.shape[1], q.shape[2])
     return out
+
+
+def seen_by(
+    dtype: torch.dtype, pages: Pages | None, rows: Rows, start: Tensor, context: Tensor, past: Past | None
+) -> _cpu.Seen | None:
+    """What the kernels want to know of the rows that ask and of their past; None when it is nothing for them."""
+    asking = (rows.start.data_ptr(), rows.position.data_ptr(), rows.see_until.data_ptr())
+    step = (start.data_ptr(), context.data_ptr())
+    if past is None or pages is None:
+        return 0, 0, 0, 0, 0, 0, *asking, *step, 0, context.shape[0]
+    codes, scales, split = (
+        (pages.codes, pages.scales, pages.split) if isinstance(pages, ScaledPages) else (pages, None, 0)
+    )
+    if codes.dtype != (dtype if scales is None else torch.int8):
+        return None
+    assert past.table.is_contiguous()
+    stored = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), past.table.data_ptr(), past.table.shape[1])
+    return *stored, codes.shape[1], split, *asking, *step, past.first.data_ptr(), context.shape[0]
+
+
+def prepare_layer(
+    head: tuple[int, float, int, int],
+    vectors: tuple[int, ...],
+    matrices: tuple[_cpu.Matrix, ...],
+    stored: _cpu.Stored,
+) -> _cpu.Layer:
+    """A decoder layer whose weights were looked up, see `model.fused` and `csrc/ops.h`."""
+    return _cpu.Layer(head, vectors, matrices, stored)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32 or x.numel() == 0:
         return reference.largest(x, k)
-    x, k = _rows(x), min(k, x.shape[1])
+    x, k = as_rows(x), min(k, x.shape[1])
     values, places = torch.empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long)
     _cpu.largest(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), k, values.data_ptr(), places.data_ptr())
     return values, places
-
-
-def _stored(pages: Pages | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Rows, their scales if they are kept in 8 bits, and where the second scale begins."""
-    if isinstance(pages, ScaledPages):
-        return pages.codes, pages.scales, pages.split
-    return pages, None, 0
 
 
 def quantize(weight: Tensor, format: str, panels: bool, codes: Tensor, scales: Tensor) -> None:
@@ -275,7 +271,7 @@ def quantize(weight: Tensor, format: str, panels: bool, codes: Tensor, scales: T
     rows, width = weight.shape
     _cpu.quantize(
         weight.data_ptr(),
-        _DTYPES[weight.dtype],
+        DTYPES[weight.dtype],
         rows,
         width,
         weight.stride(0),

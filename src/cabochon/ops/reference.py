@@ -228,12 +228,6 @@ def _attend_one(
     return torch.cat(out)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in which every token sees every token, unscaled: `q`, `k`, `v` [B, I, N, H] -> [B, I, N, H]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
-
-
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     """Logits of `x` [L, D] over `weight` [V, D], soft-capped as `c * tanh(logits / c)`: [L, V], float32 at least."""
     logits = linear(x, weight)

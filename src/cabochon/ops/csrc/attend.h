@@ -74,28 +74,38 @@ void fit_strip(long rows, long lanes, const uint32_t* left, long left_stride, co
     strip<Pairs, R, C>(left, left_stride, right, right_stride, inner, out, out_stride, onto);
 }
 
-template <bool Pairs>
+template <bool Pairs, int R = QUERY_ROWS, int C = COLUMNS>
 void multiply(long rows, long lanes, const uint32_t* left, long left_stride, const uint32_t* right, long right_stride,
               long inner, float* out, long out_stride, bool onto) {
-    for (long c = 0; c < lanes; c += COLUMNS * LANES)
-        for (long r = 0; r < rows; r += QUERY_ROWS)
-            fit_strip<Pairs, QUERY_ROWS, COLUMNS>(rows - r, lanes - c, left + r * left_stride, left_stride, right + c,
-                                                  right_stride, inner, out + r * out_stride + c, out_stride, onto);
+    for (long c = 0; c < lanes; c += C * LANES)
+        for (long r = 0; r < rows; r += R)
+            fit_strip<Pairs, R, C>(rows - r, lanes - c, left + r * left_stride, left_stride, right + c, right_stride, inner,
+                                   out + r * out_stride + c, out_stride, onto);
 }
 
 // 16 x 16 words, transposed.
 INLINE void transpose(const U16 (&in)[16], uint32_t* to, long stride) {
 #if CABOCHON_AVX512
-    U16::Part a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = in[i].part[0];
-    for (int round = 0; round < 4; ++round) {  // each round interleaves rows i and i + 8
-        for (int i = 0; i < 8; ++i) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-        for (int i = 0; i < 16; ++i) a[i] = b[i];
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = (__m512i)in[i].part[0];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 16; ++i) store(to + i * stride, a[i]);
+    for (int i = 0; i < 16; i += 4)  // a[i + c]: of rows i .. i + 3, column c of each four
+        for (int half = 0; half < 2; ++half) {
+            a[i + 2 * half] = _mm512_unpacklo_epi64(b[i + half], b[i + 2 + half]);
+            a[i + 2 * half + 1] = _mm512_unpackhi_epi64(b[i + half], b[i + 2 + half]);
+        }
+    for (int c = 0; c < 4; ++c) {
+        const __m512i even[2] = {_mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88)};
+        const __m512i odd[2] = {_mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd)};
+        b[c] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        b[4 + c] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        b[8 + c] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        b[12 + c] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) store(to + i * stride, b[i]);
 #else
     for (int j = 0; j < 16; ++j) {
         uint32_t row[16];

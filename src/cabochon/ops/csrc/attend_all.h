@@ -28,23 +28,23 @@ INLINE void put_weights(Bf16* to, F16 w) {
 #endif
 }
 
-// e^x for x <= 0, to 2e-7 of its value, or 5e-5 where the result is rounded to bfloat16; below e^-87 it is e^-87.
+// e^(v - top) for v <= top, to 2e-7 of its value, or 8e-5 where the result is rounded to bfloat16.
 template <bool Rounded>
-INLINE F16 decay(F16 x) {
-    x = peak(x, splat(-87.0f));
-    const I16 n = rounded(x * 1.44269504f);
-    const F16 t = to_float(n);
-    const F16 r = fma(t, splat(-1.42860677e-6f), fma(t, splat(-0.693145752f), x));
-    F16 p = splat(1.0f / 24);
-    if constexpr (!Rounded) {
-        p = fma(splat(1.0f / 720), r, splat(1.0f / 120));
-        p = fma(p, r, splat(1.0f / 24));
+INLINE F16 decay(F16 v, float top) {
+#if CABOCHON_AVX512
+    if constexpr (Rounded) {  // as 2^n 2^r, with 2^r by a cubic whose error is spread over +-1/2
+        const F16 t = fma(v, splat(1.44269504f), splat(top * -1.44269504f));
+        F16 n, p;
+        n.part[0] = (F16::Part)_mm512_roundscale_ps((__m512)t.part[0], 0);
+        const F16 r = t - n;
+        p = fma(splat(0.05517167f), r, splat(0.24261112f));
+        p = fma(p, r, splat(0.69326099f));
+        p = fma(p, r, splat(0.99992807f));
+        p.part[0] = (F16::Part)_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0]);
+        return p;
     }
-    p = fma(p, r, splat(1.0f / 6));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
-    return as<F16>(as<I16>(p) + (n << 23));
+#endif
+    return exponential(v - top);
 }
 
 template <class T>
@@ -52,7 +52,7 @@ struct Mutual {
     static constexpr bool pairs = PAIRS<T>;
     const AttendAll& op;
     long lanes = (op.head + LANES - 1) / LANES * LANES;  // head width, filled up to whole registers
-    long inner = pairs ? lanes / 2 : lanes;              // words of a query or key
+    long inner = pairs ? (op.head + 1) / 2 : op.head;    // words of a query or key
     long width = pairs ? SPAN / 2 : SPAN;              // words of a query's weights in a block
     long blocks = (op.count + SPAN - 1) / SPAN;
 
@@ -97,7 +97,7 @@ struct Mutual {
         for (long i = 0; i < SPAN / LANES; ++i) {
             v[i] = get(scores + i * LANES);
             if (count < SPAN)
-                v[i] = select(splat(int32_t(count)) > load<I16>(counted) + int32_t(i * LANES), v[i], splat(-__builtin_inff()));
+                v[i] = select(splat(int32_t(count)) > load<I16>(counted) + int32_t(i * LANES), v[i], splat(-1e30f));
             best = peak(v[i], best);
         }
         if (const float now = maximum(best); now > top) {
@@ -107,7 +107,7 @@ struct Mutual {
             top = now;
         }
         for (long i = 0; i < SPAN / LANES; ++i) {
-            const F16 w = decay<pairs>(v[i] - top);
+            const F16 w = decay<pairs>(v[i], top);
             weight = weight + w;
             if constexpr (pairs)
                 put_weights(reinterpret_cast<Bf16*>(weights) + i * LANES, w);
@@ -138,7 +138,10 @@ struct Mutual {
             multiply<pairs>(rows, SPAN, queries, inner, keys, SPAN, inner, scores, SPAN, false);
             for (long r = 0; r < rows; ++r)
                 weigh(scores + r * SPAN, weights + r * width, op.count - block * SPAN, acc + r * lanes, top[r], weight[r]);
-            multiply<pairs>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
+            if (PARTS == 1 && lanes == 5 * LANES)  // heads of 72: five registers wide leaves four rows
+                multiply<pairs, 4, 5>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
+            else
+                multiply<pairs>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
         }
         for (long r = 0; r < rows; ++r) {
             T* to = const_cast<T*>(row(op.out, batch, head, first + r));

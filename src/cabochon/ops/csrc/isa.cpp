@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
-#include "attend_all.h"
+#include "conformer.h"
 #include "largest.h"
+#include "layer.h"
 #include "packing.h"
 
 #define TEXT(x) #x
@@ -8,5 +9,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend};
 }  // namespace cabochon

@@ -8,7 +8,7 @@ namespace {
 
 constexpr long ROWS_AT_ONCE = 256;  // of a block's float32 results: 64 KiB
 
-enum Slot { LEFT, HIDDEN, BLOCK_A, BLOCK_B, SORTED, RESULT, LISTS, ATTENTION };
+enum Slot { LEFT, HIDDEN, BLOCK_A, BLOCK_B, SORTED, RESULT, LISTS, ATTENTION, LAYER };
 
 INLINE float* block_memory(Slot slot) { return static_cast<float*>(scratch(slot, ROWS_AT_ONCE * BLOCK * sizeof(float))); }
 INLINE long blocks(long outputs) { return (outputs + BLOCK - 1) / BLOCK; }
@@ -53,24 +53,39 @@ Operand operand(const Rows& x, Format format, Slot slot) {
     return left;
 }
 
-void linear(const Linear& op) {
-    const Operand x = operand(op.x, op.weight.format, LEFT);
-    parallel(blocks(op.weight.rows), [&](long item) {
+// A weight that the rows are multiplied with, and where its outputs go.
+struct Target {
+    Matrix weight;
+    Rows y;
+};
+
+// The same rows times several weights; the blocks of all of them are shared out together.
+void multiply_to(const Operand& x, long count, const Target* targets, long n, float softcap = 0) {
+    long items = 0;
+    for (long i = 0; i < n; ++i) items += blocks(targets[i].weight.rows);
+    parallel(items, [&](long item) {
+        const Target* to = targets;
+        for (; item >= blocks(to->weight.rows); ++to) item -= blocks(to->weight.rows);
         float* out = block_memory(BLOCK_A);
-        const long output = item * BLOCK, width = least(BLOCK, op.weight.rows - output);
-        for (long first = 0; first < op.x.count; first += ROWS_AT_ONCE) {
-            const long last = least(first + ROWS_AT_ONCE, op.x.count);
-            block(x, first, last, op.weight, output, out);
+        const long output = item * BLOCK, width = least(BLOCK, to->weight.rows - output);
+        for (long first = 0; first < count; first += ROWS_AT_ONCE) {
+            const long last = least(first + ROWS_AT_ONCE, count);
+            block(x, first, last, to->weight, output, out);
             for (long row = first; row < last; ++row)
-                typed(op.y.dtype, const_cast<void*>(row_of(op.y, row)), [&](auto* to) {
+                typed(to->y.dtype, const_cast<void*>(row_of(to->y, row)), [&](auto* y) {
                     for (long i = 0; i < width; i += LANES) {
                         F16 v = get(out + (row - first) * BLOCK + i);
-                        if (op.softcap > 0) v = op.softcap * hyperbolic_tangent(v / op.softcap);
-                        put(to + output + i, v, width - i);
+                        if (softcap > 0) v = softcap * hyperbolic_tangent(v / softcap);
+                        put(y + output + i, v, width - i);
                     }
                 });
         }
     });
+}
+
+void linear(const Linear& op) {
+    const Target target{op.weight, op.y};
+    multiply_to(operand(op.x, op.weight.format, LEFT), op.x.count, &target, 1, op.softcap);
 }
 
 // Where the hidden rows of an MLP go: rounded, or in x's type, as the weight that reads them wants.
@@ -123,19 +138,8 @@ void gated(const Gated& op) {
     parallel(blocks(op.gate.rows), [&](long item) {
         hidden_block(x, 0, op.x.count, op.gate, op.up, item * BLOCK, item * BLOCK, hidden);
     });
-    parallel(blocks(op.down.rows), [&](long item) {
-        float* out = block_memory(BLOCK_A);
-        const long output = item * BLOCK, width = least(BLOCK, op.down.rows - output);
-        for (long first = 0; first < op.x.count; first += ROWS_AT_ONCE) {
-            const long last = least(first + ROWS_AT_ONCE, op.x.count);
-            block(hidden.operand, first, last, op.down, output, out);
-            for (long row = first; row < last; ++row)
-                typed(op.y.dtype, const_cast<void*>(row_of(op.y, row)), [&](auto* to) {
-                    for (long i = 0; i < width; i += LANES)
-                        put(to + output + i, get(out + (row - first) * BLOCK + i), width - i);
-                });
-        }
-    });
+    const Target target{op.down, op.y};
+    multiply_to(hidden.operand, op.x.count, &target, 1);
 }
 
 // Tokens sorted by expert: rows first[e] .. first[e + 1] of the sorted order belong to expert e.

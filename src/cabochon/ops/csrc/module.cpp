@@ -1,7 +1,12 @@
 // The Python face: addresses and sizes in, nothing out. `ops/cpu.py` checks shapes, types and devices; nothing is checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "ops.h"
 #include "pool.h"
@@ -40,6 +45,16 @@ std::vector<std::string> supported() {
     for (const Isa& isa : isas())
         if (isa.supported) names.push_back(isa.ops->name);
     return names;
+}
+
+// Has this CPU tiles of bfloat16 (AMX)? The compiler's own question knows none.
+bool matrix_tiles() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+    return false;
+#endif
 }
 
 void use(const std::string& name) {
@@ -124,35 +139,70 @@ void store(Address pages, Address rows, Address slots, long tokens, long bytes) 
 
 const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
 
-void attend(Address q, Address step, Address pages, Address scales, Address out, int dtype, Address row_start, Address position, Address see_until,
-            Address start, Address context, Address table, Address first, long requests, long heads, long kv_heads, long head,
-            long width, long key_offset, long value_offset, long window, long table_width, long slots, long split) {
-    const Attend op{reinterpret_cast<const void*>(q),
-                    reinterpret_cast<const void*>(step),
-                    reinterpret_cast<const void*>(pages),
-                    reinterpret_cast<const float*>(scales),
-                    reinterpret_cast<void*>(out),
-                    Dtype(dtype),
-                    ints(row_start),
-                    ints(position),
-                    ints(see_until),
-                    ints(start),
-                    ints(context),
-                    ints(table),
-                    ints(first),
-                    requests,
-                    heads,
-                    kv_heads,
-                    head,
-                    width,
-                    key_offset,
-                    value_offset,
-                    window,
-                    table_width,
-                    slots,
-                    split};
+// What attention reads, as Python hands it over: (pages, scales, table, table_width, slots, split, row_start, position,
+// see_until, start, context, first, requests).
+Attend attended(const nb::tuple& a) {
+    Attend op{};
+    op.pages = reinterpret_cast<const void*>(nb::cast<Address>(a[0]));
+    op.scales = reinterpret_cast<const float*>(nb::cast<Address>(a[1]));
+    op.table = ints(nb::cast<Address>(a[2]));
+    op.table_width = nb::cast<long>(a[3]), op.slots = nb::cast<long>(a[4]), op.split = nb::cast<long>(a[5]);
+    op.row_start = ints(nb::cast<Address>(a[6])), op.position = ints(nb::cast<Address>(a[7]));
+    op.see_until = ints(nb::cast<Address>(a[8])), op.start = ints(nb::cast<Address>(a[9]));
+    op.context = ints(nb::cast<Address>(a[10])), op.first = ints(nb::cast<Address>(a[11]));
+    op.requests = nb::cast<long>(a[12]);
+    return op;
+}
+
+// The shape of stored rows: (kv_heads, width, key_offset, value_offset, window).
+void shape_rows(Attend& op, const nb::tuple& shape) {
+    op.kv_heads = nb::cast<long>(shape[0]), op.width = nb::cast<long>(shape[1]);
+    op.key_offset = nb::cast<long>(shape[2]), op.value_offset = nb::cast<long>(shape[3]);
+    op.window = nb::cast<long>(shape[4]);
+}
+
+void attend(Address q, Address step, nb::tuple past, nb::tuple shape, Address out, int dtype, long heads, long head) {
+    Attend op = attended(past);
+    shape_rows(op, shape);
+    op.q = reinterpret_cast<const void*>(q), op.step = reinterpret_cast<const void*>(step);
+    op.out = reinterpret_cast<void*>(out), op.dtype = Dtype(dtype), op.heads = heads, op.head = head;
     call(active->attend, op, 1e9);
 }
+
+// A layer's weights, read once: (dtype, eps, heads, head), addresses of eight vectors, nine matrices, shape of rows.
+struct PreparedLayer {
+    LayerWeights weights;
+    Attend shape{};
+
+    PreparedLayer(nb::tuple head, nb::tuple vectors, nb::tuple matrices, nb::tuple stored) {
+        const void** norms[] = {&weights.input_norm, &weights.q_norm, &weights.k_norm, &weights.post_attention_norm,
+                                &weights.pre_feedforward_norm, &weights.post_feedforward_norm, &weights.post_ple_norm, &weights.scalar};
+        for (size_t i = 0; i < std::size(norms); ++i) *norms[i] = reinterpret_cast<const void*>(nb::cast<Address>(vectors[i]));
+        Matrix* products[] = {&weights.q, &weights.k, &weights.v, &weights.o, &weights.gate, &weights.up, &weights.down,
+                              &weights.ple_gate, &weights.ple_projection};
+        for (size_t i = 0; i < std::size(products); ++i) *products[i] = matrix(nb::cast<nb::tuple>(matrices[i]));
+        shape_rows(shape, stored);
+        weights.dtype = shape.dtype = Dtype(nb::cast<int>(head[0]));
+        weights.eps = nb::cast<float>(head[1]);
+        weights.heads = shape.heads = nb::cast<long>(head[2]);
+        weights.head = shape.head = nb::cast<long>(head[3]);
+        weights.kv_heads = shape.kv_heads;
+    }
+
+    void run(Address x, long count, Address y, Address step, Address cos, Address sin, long half_rotated, Address ple,
+             long ple_stride, nb::tuple past) const {
+        Attend seen = attended(past);
+        seen.step = reinterpret_cast<const void*>(step);
+        seen.dtype = shape.dtype, seen.heads = shape.heads, seen.head = shape.head;
+        seen.kv_heads = shape.kv_heads, seen.width = shape.width, seen.window = shape.window;
+        seen.key_offset = shape.key_offset, seen.value_offset = shape.value_offset;
+        const long width = weights.q.cols;
+        const Layer op{&weights, rows(x, weights.dtype, count, width, width), reinterpret_cast<void*>(y),
+                       reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin), half_rotated,
+                       reinterpret_cast<const void*>(ple), ple_stride, seen};
+        call(active->layer, op, 1e9);
+    }
+};
 
 void attend_all(Address q, Address k, Address v, Address out, int dtype, long batch, long count, long heads, long head) {
     const AttendAll op{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
@@ -179,6 +229,44 @@ void pack(Address codes, Address scales, long count, long width, int format, Add
 
 void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
+const void* at(Address a) { return reinterpret_cast<const void*>(a); }
+
+using Limits = std::tuple<float, float>;
+Range range(const Limits& limits) { return {std::get<0>(limits), std::get<1>(limits)}; }
+
+void product(Address x, long count, long cols, long stride, Address first, Address second, long outputs, const Limits& in,
+             const Limits& out, const Limits& second_out, int how, Address y) {
+    const auto weight = [&](Address w) { return Matrix{DENSE, BFLOAT16, at(w), nullptr, outputs, cols}; };
+    const Product op{rows(x, BFLOAT16, count, cols, stride), {weight(first), weight(second)}, range(in), {range(out), range(second_out)},
+                     How(how), rows(y, BFLOAT16, count, outputs, outputs)};
+    call(active->product, op, 1e9);
+}
+
+void settle(Address x, int dtype, long count, long width, long stride, Address weight, Address onto, float eps, float bound,
+            float share, Address y) {
+    const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y)};
+    call(active->settle, op, double(count) * width);
+}
+
+void turn(Address x, Address weight, Address cos, Address sin, Address y, int dtype, float eps, long tokens, long places, long heads,
+          long head) {
+    const Turn op{at(x), at(weight), at(cos), at(sin), reinterpret_cast<void*>(y), Dtype(dtype), eps, tokens, places, heads, head};
+    call(active->turn, op, double(tokens) * heads * head);
+}
+
+void recent(Address q, Address k, Address v, Address relative, Address scale, Address out, int dtype, float key_scale, float cap,
+            long tokens, long heads, long head, long reach) {
+    const Recent op{at(q), at(k), at(v), at(relative), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
+                    Dtype(dtype), key_scale, cap, tokens, heads, head, reach};
+    call(active->recent, op, double(tokens) * heads * head * reach);
+}
+
+void blend(Address x, int dtype, long count, long width, long stride, Address taps, Address weight, long tap_count, float eps,
+           float bound, Address y) {
+    const Blend op{rows(x, dtype, count, width, stride), at(taps), at(weight), tap_count, eps, bound, reinterpret_cast<void*>(y)};
+    call(active->blend, op, double(count) * width * tap_count);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -186,6 +274,7 @@ NB_MODULE(_cpu, m) {
     m.def("supported", supported, "Names of the instruction sets that this CPU can run, best first.");
     m.def("active", [] { return active->name; }, "Name of the instruction set in use.");
     m.def("use", use, "Use an instruction set by name.");
+    m.def("matrix_tiles", matrix_tiles, "Whether this CPU multiplies tiles of bfloat16.");
     m.def("threads", threads, "How many threads share the work.");
     m.def("set_threads", set_threads);
     m.def("linear", linear);
@@ -195,7 +284,15 @@ NB_MODULE(_cpu, m) {
     m.def("rope", rope);
     m.def("store", store);
     m.def("attend", attend);
+    nb::class_<PreparedLayer>(m, "Layer", "A decoder layer whose weights were looked up once.")
+        .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple>())
+        .def("run", &PreparedLayer::run);
     m.def("attend_all", attend_all);
+    m.def("product", product);
+    m.def("settle", settle);
+    m.def("turn", turn);
+    m.def("recent", recent);
+    m.def("blend", blend);
     m.def("largest", largest);
     m.def("quantize", quantize);
     m.def("pack", pack);

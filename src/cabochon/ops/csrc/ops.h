@@ -109,6 +109,77 @@ struct Largest {
     int64_t* places;  // [R, k]
 };
 
+// What comes in or goes out is cut to a range; infinite where nothing is.
+struct Range {
+    float low, high;
+};
+
+// What a product gives: its outputs, their SiLU, or of two matrices gelu(first) * second, or first * sigmoid(second).
+enum How { PLAIN = 0, SILU = 1, GELU_TIMES = 2, GATED = 3 };
+
+struct Product {
+    Rows x;            // bfloat16, like all of it
+    Matrix weight[2];  // the second one only where `how` wants it
+    Range in, out[2];
+    How how;
+    Rows y;
+};
+
+struct Settle {
+    Rows x;
+    const void *weight, *onto;  // [width], [count, width] or null
+    float eps, bound, share;
+    void* y;
+};
+
+struct Turn {
+    const void *x, *weight;   // [tokens, N, H], [H]
+    const void *cos, *sin;    // [places, 2, H / 4]; a token's place is its number modulo `places`
+    void* y;
+    Dtype dtype;
+    float eps;
+    long tokens, places, heads, head;
+};
+
+struct Recent {
+    const void *q, *k, *v, *relative;  // [A, N, H] three times, [reach, N, H]
+    const float* scale;                // [H]
+    void* out;
+    Dtype dtype;
+    float key_scale, cap;
+    long tokens, heads, head, reach;  // reach <= 16
+};
+
+struct Blend {
+    Rows x;
+    const void *taps, *weight;  // [count, width] oldest first, [width]
+    long count;
+    float eps, bound;
+    void* y;
+};
+
+// The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`.
+struct LayerWeights {
+    Dtype dtype;
+    float eps;
+    long heads, kv_heads, head;
+    const void *input_norm, *q_norm, *k_norm, *post_attention_norm, *pre_feedforward_norm, *post_feedforward_norm;
+    const void *post_ple_norm, *scalar;
+    Matrix q, k, v, o, gate, up, down;  // k and v without codes: the layer reads another one's keys and values
+    Matrix ple_gate, ple_projection;
+};
+
+struct Layer {
+    const LayerWeights* weights;
+    Rows x;
+    void* y;                // [count, width]
+    const void *cos, *sin;  // [count, half_rotated]
+    long half_rotated;
+    const void* ple;        // [count, ple width], or null
+    long ple_stride;
+    Attend attend;          // q and out are filled in; the layer writes the rows of `step` that it owns
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -122,6 +193,12 @@ struct Ops {
     void (*largest)(const Largest&);
     void (*quantize)(const Packing&);
     void (*pack)(const Packing&);
+    void (*layer)(const Layer&);
+    void (*product)(const Product&);
+    void (*settle)(const Settle&);
+    void (*turn)(const Turn&);
+    void (*recent)(const Recent&);
+    void (*blend)(const Blend&);
 };
 
 // One table per instruction set; `supported` is asked before a table is used.

@@ -121,7 +121,7 @@ void* scratch(int slot, size_t bytes) {
         size_t size = 0;
         ~Buffer() { free(data); }
     };
-    thread_local Buffer buffers[8];
+    thread_local Buffer buffers[9];
     Buffer& buffer = buffers[slot];
     if (buffer.size < bytes) {
         free(buffer.data);

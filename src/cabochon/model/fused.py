@@ -1,0 +1,142 @@
+"""Decoder layers in one call of the CPU kernels, where those take them: dense feed-forward, keys and values apart.
+
+`Text.layer` op by op is the definition and what training runs. With one call per layer instead of some twenty ops the
+interpreter is out of a decode step's way; the kernels, their order and the roundings between them are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import cpu
+from ..quant import QuantTensor
+from .batch import Batch
+from .layers import Linear, RMSNorm
+
+if TYPE_CHECKING:
+    from .text import Layer
+
+_NORMS = (
+    "input_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "post_per_layer_input_norm",
+)
+_MATRICES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "per_layer_input_gate",
+    "per_layer_projection",
+)
+_NOTHING = (0, 0, 0, 0, 0, 0)
+
+
+class FusedLayer:
+    """The addresses of a layer's weights, looked up once for activations like `x`."""
+
+    def __init__(self, layer: Layer, x: Tensor) -> None:
+        self.spec, self.dtype, self.row_width = layer.spec, x.dtype, layer.self_attn.row_width
+        self.links = list(_links(layer))
+        self.weights = [value for _, _, value in self.links if isinstance(value, Tensor | QuantTensor)]
+        self.addresses = [_address(weight) for weight in self.weights]
+        self.kernel = _kernel(layer, x)
+
+    def current(self, x: Tensor) -> bool:
+        """Are modules and weights still those that were looked up? Any of them may have been replaced or converted."""
+        if x.dtype != self.dtype or any(holder.get(key) is not value for holder, key, value in self.links):
+            return False
+        return [_address(weight) for weight in self.weights] == self.addresses
+
+    def run(
+        self, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], batch: Batch, skip: bool, cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        """The layer's output for `x` [Q, D], its own stored rows put into `step`; None where the kernels can't."""
+        spec = self.spec
+        pages, past = batch.pages.get(spec.reads_kv_of), batch.past.get(spec.kind)
+        rows = batch.tail if skip else batch.rows
+        seen = cpu.seen_by(x.dtype, pages, rows, batch.start, batch.context, past)
+        if self.kernel is None or seen is None or cos.dtype != x.dtype:
+            return None
+        if spec.owns_kv:
+            step[spec.index] = x.new_empty(x.shape[0], spec.kv_heads, self.row_width)
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        of_layer = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
+        turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[1])
+        stored = step[spec.reads_kv_of].data_ptr()
+        self.kernel.run(x.data_ptr(), x.shape[0], y.data_ptr(), stored, *turn, *of_layer, seen)
+        return y
+
+
+_fused: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+
+
+def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
+    """`layer` for activations like `x`; None where there are no kernels for them."""
+    if not cpu.ready(x):
+        return None
+    known = _fused.get(layer)
+    if known is None or not known.current(x):
+        known = _fused[layer] = FusedLayer(layer, x)
+    return known
+
+
+def _links(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """(holder, key, value) of every module and weight below `module`."""
+    for holder in (module._parameters, module._buffers, module.__dict__):
+        for key, value in holder.items():
+            if isinstance(value, Tensor | QuantTensor):
+                yield holder, key, value
+    for key, child in module._modules.items():
+        if child is not None:
+            yield module._modules, key, child
+            yield from _links(child)
+
+
+def _address(weight: Tensor | QuantTensor) -> int:
+    return weight.data_ptr() if isinstance(weight, Tensor) else weight.codes.data_ptr()
+
+
+def _kernel(layer: Layer, x: Tensor) -> Any:
+    """The prepared call, or None when something in the layer is not what the kernel knows."""
+    spec, attn = layer.spec, layer.self_attn
+    if spec.experts or spec.k_eq_v:
+        return None
+    norms = [_module(layer, name) for name in _NORMS]
+    products = [_module(layer, name) for name in _MATRICES]
+    if any(type(norm) not in (RMSNorm, type(None)) for norm in norms):
+        return None
+    if any(type(product) not in (Linear, type(None)) for product in products):
+        return None
+    vectors = [None if norm is None else norm.weight for norm in norms] + [layer.layer_scalar]
+    if any(vector is not None and vector.dtype != x.dtype for vector in vectors):
+        return None
+    matrices = [_NOTHING if product is None else cpu.as_matrix(product.weight, x) for product in products]
+    if None in matrices or len({m[0] for m in matrices[:3] if m != _NOTHING}) > 1 or matrices[4][0] != matrices[5][0]:
+        return None
+    head = (cpu.DTYPES[x.dtype], attn.eps, spec.q_heads, spec.head_dim)
+    stored = (spec.kv_heads, attn.row_width, attn.key_offset, attn.value_offset, spec.window or 0)
+    addresses = tuple(0 if vector is None else vector.data_ptr() for vector in vectors)
+    return cpu.prepare_layer(head, addresses, tuple(matrices), stored)
+
+
+def _module(layer: nn.Module, name: str) -> Any:
+    """The module at a dotted name, None where this layer has none."""
+    found: Any = layer
+    for part in name.split("."):
+        found = found._modules.get(part)
+        if found is None:
+            return None
+    return found
