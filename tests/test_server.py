@@ -413,6 +413,27 @@ def test_responses(base: str) -> None:
     assert httpx.get(f"{base}/v1/responses/{whole['id']}").status_code == 404
 
 
+def test_responses_with_logprobs(base: str) -> None:
+    """Of the answer's tokens only: what they spell is the text, thinking aside."""
+    asked = {
+        "model": NAME,
+        "input": "Go on.",
+        "max_output_tokens": 60,
+        "reasoning": {"effort": "low"},
+        "top_logprobs": 2,
+    }
+    final = events(post(base, "/v1/responses", {**asked, "stream": True}))[-1]["response"]
+    assert final["top_logprobs"] == 2
+    for asked_for in (final, post(base, "/v1/responses", asked).json()):
+        parts = [part for item in asked_for["output"] if item["type"] == "message" for part in item["content"]]
+        for part in parts:
+            assert b"".join(bytes(e["bytes"]) for e in part["logprobs"]).decode(errors="replace") == part["text"]
+            assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] <= 0 for entry in part["logprobs"])
+    included = {**asked, "top_logprobs": None, "reasoning": None, "include": ["message.output_text.logprobs"]}
+    (item, *_) = post(base, "/v1/responses", included).json()["output"]
+    assert item["content"][0]["logprobs"] and item["content"][0]["logprobs"][0]["top_logprobs"] == []
+
+
 def test_responses_in_the_background(base: str) -> None:
     """A schema keeps the reply from ending before the cancel comes: random weights end one at any token."""
     endless = {"type": "json_schema", "name": "text", "schema": {"type": "string", "minLength": 3000}, "strict": True}

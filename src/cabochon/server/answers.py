@@ -6,12 +6,14 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..chat.tokenizer import Tokenizer
+from ..engine.request import TokenLogprob
 from .faults import headers_of, status_of
 from .guard import error_body
 
@@ -40,6 +42,19 @@ class Json(Response):
 
     def render(self, content: Any) -> bytes:
         return encode(content)
+
+
+def logprob_entries(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """OpenAI's entries, one per token. JSON has no -inf; a token that was impossible has -9999, as with them."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        spelt = tokenizer.token_bytes(token_id)
+        return {"token": spelt.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(spelt)}
+
+    return [
+        {**entry(one.token_id, one.logprob), "top_logprobs": [entry(token, logprob) for token, logprob in one.top]}
+        for one in logprobs
+    ]
 
 
 def failure(request: Request, error: Exception) -> Json:

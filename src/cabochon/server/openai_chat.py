@@ -27,6 +27,7 @@ from ..chat.tokenizer import Tokenizer
 from ..engine.request import TokenLogprob
 from ..errors import RequestError
 from . import wire
+from .answers import logprob_entries
 from .ask import Ask, Shape, params, plain_parts, structured, thinking, tool_rules, unique_names
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,11 @@ class ChatWriter:
             message |= {"reasoning": reply.thinking, "reasoning_content": reply.thinking}
             if reply.tool_calls:
                 message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
-            shown = None if logprobs is None else {"content": self._entries(logprobs[index]), "refusal": None}
+            shown = (
+                None
+                if logprobs is None
+                else {"content": logprob_entries(self._tokenizer, logprobs[index]), "refusal": None}
+            )
             choice = {"index": index, "message": message, "logprobs": shown, **ending(reply.finish_reason)}
             choices.append(choice | ({"warnings": list(reply.warnings)} if reply.warnings else {}))
         usage = usage_object([reply.usage for reply in replies])
@@ -181,26 +186,13 @@ class ChatWriter:
 
     def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         waiting = self._logprobs.pop(index, [])
-        shown = {"content": self._entries(waiting), "refusal": None} if waiting else None
+        shown = {"content": logprob_entries(self._tokenizer, waiting), "refusal": None} if waiting else None
         choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": None, **more}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _last(self, index: int, finish: Finish) -> dict[str, Any]:
         warnings = self._warnings.get(index)
         return self._chunk(index, {}, **ending(finish.reason), **({"warnings": warnings} if warnings else {}))
-
-    def _entries(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        return [
-            {
-                **self._token(one.token_id, one.logprob),
-                "top_logprobs": [self._token(token, logprob) for token, logprob in one.top],
-            }
-            for one in logprobs
-        ]
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        spelt = self._tokenizer.token_bytes(token_id)
-        return {"token": spelt.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(spelt)}
 
 
 def ending(reason: str) -> dict[str, Any]:

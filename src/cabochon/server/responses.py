@@ -22,10 +22,15 @@ from ..chat.messages import (
     Usage,
     Warned,
 )
-from ..engine.request import SamplingParams
+from ..chat.tokenizer import Tokenizer
+from ..engine.request import SamplingParams, TokenLogprob
 from ..errors import RequestError
 from . import wire
+from .answers import logprob_entries
 from .ask import Ask, Shape, thinking, tool_rules, unique_names
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` holds for logprobs of the text; `top_logprobs` asks for them as well."""
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
@@ -42,7 +47,10 @@ def read_response(request: wire.ResponsesRequest, earlier: Sequence[Message] = (
     return Ask(
         messages=(*(system if request.instructions else ()), *earlier, *read_input(input_items(request.input))),
         params=SamplingParams(
-            temperature=request.temperature, top_p=request.top_p, max_tokens=request.max_output_tokens
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=request.max_output_tokens,
+            logprobs=request.top_logprobs if request.top_logprobs or LOGPROBS not in (request.include or ()) else 0,
         ),
         tools=tools,
         callable=() if request.tool_choice == "none" else tool_rules(tools, names, "tool_choice"),
@@ -176,7 +184,15 @@ Named = Callable[[str], str]
 class ResponseWriter:
     """Writes one response: its object at any moment, and the stream of events that leads there."""
 
-    def __init__(self, identity: str, created: int, model: str, request: wire.ResponsesRequest, named: Named) -> None:
+    def __init__(
+        self,
+        identity: str,
+        created: int,
+        model: str,
+        request: wire.ResponsesRequest,
+        named: Named,
+        tokenizer: Tokenizer,
+    ) -> None:
         self.identity = identity
         self.output: list[dict[str, Any]] = []
         self.status = "in_progress"
@@ -184,6 +200,9 @@ class ResponseWriter:
         self._model = model
         self._request = request
         self._named = named
+        self._tokenizer = tokenizer
+        self._waiting: list[TokenLogprob] = []
+        """Of tokens whose text is still held back."""
         self._usage: Usage | None = None
         self._details: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
@@ -216,6 +235,7 @@ class ResponseWriter:
             "text": text or {"format": {"type": "text"}},
             "tool_choice": _dumped(request.tool_choice) or "auto",
             "tools": [_dumped(tool) for tool in request.tools or ()],
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": request.top_p,
             "truncation": request.truncation or "disabled",
             "usage": None if self._usage is None else usage_object(self._usage),
@@ -236,15 +256,16 @@ class ResponseWriter:
             self._event("response.in_progress", response=self.object()),
         ]
 
-    def events(self, events: Iterable[Event]) -> list[dict[str, Any]]:
+    def events(self, events: Iterable[Event], logprobs: Sequence[TokenLogprob] = ()) -> list[dict[str, Any]]:
         """The stream's events for one step; the response's state moves along."""
         written: list[dict[str, Any]] = []
+        self._wait(logprobs)
         for event in events:
             match event:
                 case TextDelta(text):
-                    written += self._item("message") + self._grow("response.output_text.delta", text)
+                    written += self._item("message") + self._say(text)
                 case ThinkingDelta(text):
-                    written += self._item("reasoning") + self._grow("response.reasoning_text.delta", text)
+                    written += self._item("reasoning") + self._think(text)
                 case ToolCallDelta(_, call):
                     written += self._close() + self._call(call)
                 case Warned(text):
@@ -291,10 +312,26 @@ class ResponseWriter:
         item["content"] = [part]
         return [*written, self._event("response.content_part.added", **self._place(), part=dict(part))]
 
-    def _grow(self, kind: str, text: str) -> list[dict[str, Any]]:
+    def _wait(self, logprobs: Iterable[TokenLogprob]) -> None:
+        """Keep those of the answer's tokens, not those of thoughts, calls and turn ends."""
+        tokens = self._tokenizer
+        for one in logprobs:
+            if one.token_id in (tokens.channel_open, tokens.channel_close, tokens.tool_call_open):
+                self._waiting.clear()
+            elif one.token_id not in tokens.control:
+                self._waiting.append(one)
+
+    def _say(self, text: str) -> list[dict[str, Any]]:
+        part, entries = self.output[-1]["content"][0], logprob_entries(self._tokenizer, self._waiting)
+        self._waiting.clear()
+        part["text"] += text
+        part["logprobs"] += entries
+        return [self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)]
+
+    def _think(self, text: str) -> list[dict[str, Any]]:
+        self._waiting.clear()
         self.output[-1]["content"][0]["text"] += text
-        more: dict[str, Any] = {"logprobs": []} if kind == "response.output_text.delta" else {}
-        return [self._event(kind, **self._place(), delta=text, **more)]
+        return [self._event("response.reasoning_text.delta", **self._place(), delta=text)]
 
     def _close(self) -> list[dict[str, Any]]:
         """Close the open item."""
@@ -302,7 +339,7 @@ class ResponseWriter:
             return []
         item, part = self.output[-1], self.output[-1]["content"][0]
         kind = "response.output_text.done" if self._open == "message" else "response.reasoning_text.done"
-        more: dict[str, Any] = {"logprobs": []} if self._open == "message" else {}
+        more = {"logprobs": part["logprobs"]} if self._open == "message" else {}
         self._open = None
         item["status"] = "completed"
         return [

@@ -31,7 +31,7 @@ def responses_routes(service: Service) -> APIRouter:
         model = service.model_name(body.model)
         earlier = store.earlier(body.previous_response_id)
         ask = read_response(body, earlier)
-        writer = ResponseWriter(new_id("resp"), now(), model, body, new_id)
+        writer = ResponseWriter(new_id("resp"), now(), model, body, new_id, service.tokenizer)
         items = input_items(body.input)
         stored = Stored(writer, items, (*earlier, *read_input(items)))
         if body.store is not False:
@@ -87,7 +87,7 @@ async def _whole(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> None:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                writer.events(chunk.events)
+                writer.events(chunk.events, chunk.logprobs)
     finally:
         if writer.status == "in_progress":
             writer.stop("cancelled")
@@ -98,7 +98,7 @@ async def _work(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> None:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                writer.events(chunk.events)
+                writer.events(chunk.events, chunk.logprobs)
     except CabochonError as error:
         writer.stop("failed", _fault(error))
     finally:
@@ -111,7 +111,11 @@ async def _stream(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> Asyn
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                events = writer.events(chunk.events) if begun else [*writer.start(), *writer.events(chunk.events)]
+                events = (
+                    writer.events(chunk.events, chunk.logprobs)
+                    if begun
+                    else [*writer.start(), *writer.events(chunk.events, chunk.logprobs)]
+                )
                 begun = True
                 for event in events:
                     yield named_event(event["type"], event)
