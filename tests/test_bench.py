@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cabochon.cli import app
 from cabochon.cli.bench import _percentile
+from cabochon.engine.runner import Runner
+from cabochon.errors import EngineError
 
 SMALL = ["--input-len", "24", "--output-len", "6"]
 
@@ -46,6 +49,12 @@ def test_serve_sim_beside_transformers():
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(Exception, match="--baseline is 'llama', but the only one is transformers"):
         bench("latency", *SMALL, "--baseline", "llama")
+
+
+def test_a_request_that_fails_is_no_figure(monkeypatch):
+    monkeypatch.setattr(Runner, "run", lambda self, batch: torch.full((1, 1024), torch.nan))
+    with pytest.raises(EngineError, match="not numbers"):
+        bench("latency", *SMALL, "--repeats", "1")
 
 
 def test_percentiles():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..engine.engine import Engine
+    from ..engine.request import StepOutput
     from ..llm import LLM
     from .baseline import Transformers
 
@@ -197,6 +198,17 @@ def _add(engine: Engine, name: str, prompt: Sequence[int], length: int) -> None:
     engine.add(Request(name, prompt, params))
 
 
+def _step(engine: Engine) -> list[StepOutput]:
+    """One step; a request that fails is an error, not a figure."""
+    from ..llm.replies import failure
+
+    outputs = engine.step()
+    for output in outputs:
+        if output.error is not None:
+            raise failure(output)
+    return outputs
+
+
 def _timed(engine: Engine, prompts: list[list[int]], length: int) -> dict[str, float]:
     """Seconds until every request had its first token, and in all."""
     begin = time.perf_counter()
@@ -204,7 +216,7 @@ def _timed(engine: Engine, prompts: list[list[int]], length: int) -> dict[str, f
         _add(engine, str(i), prompt, length)
     waiting, first = set(map(str, range(len(prompts)))), 0.0
     while engine.busy:
-        for output in engine.step():
+        for output in _step(engine):
             waiting.discard(output.request_id)
         if not waiting and not first:
             first = time.perf_counter() - begin
@@ -224,7 +236,7 @@ def _simulate(engine: Engine, arrivals: list[tuple[float, list[int], int]]) -> t
         if not engine.busy:
             time.sleep(max(0.0, arrivals[sent][0] - now))
             continue
-        for output in engine.step():
+        for output in _step(engine):
             now = time.perf_counter() - begin
             if output.request_id in last:
                 gaps.append(now - last[output.request_id])
