@@ -87,6 +87,20 @@ def test_the_facade_refuses_what_leaves_no_room_for_a_reply(network):
         LLM.of(Loaded("toy", network), kv_cache_dtype="int4")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("max_num_seqs", 0, "1 or more"),
+        ("block_size", -1, "1 or more"),
+        ("max_snapshots", -1, "0 \\(none\\) or more"),
+        ("gpu_memory_utilization", 90, "above 0 and at most 1"),
+    ],
+)
+def test_options_out_of_range_are_named(name, value, allowed):
+    with pytest.raises(InputError, match=f"{name} is {value}, but must be {allowed}"):
+        EngineOptions(**{name: value})
+
+
 def test_order_is_by_priority_then_arrival(network):
     e = engine(network, max_num_seqs=1)
     for name, priority in (("late", 1), ("first", 0), ("second", 0), ("vip", -1)):

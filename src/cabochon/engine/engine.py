@@ -18,7 +18,7 @@ from . import sampler
 from .batching import build, spans_of
 from .encoder import Encoder, Features
 from .options import EngineOptions, context_that_fits, plan_cache
-from .request import Request, StepOutput, TokenLogprob
+from .request import EngineFinish, Request, StepOutput, TokenLogprob
 from .runner import Runner
 from .sampler import Drawn
 from .scheduler import Item, Plan, Scheduler
@@ -273,11 +273,11 @@ class Engine:
 
     def _take(self, track: Track, drawn: Drawn) -> StepOutput:
         """Append a drawn token, and those that a constraint forces after it; see whether the reply ends."""
-        self._clock_token(track)
         before, logprobs = track.length, []
         if drawn.error is not None:
             self._mark(track, "error", error=drawn.error)
         else:
+            self._clock_token(track)
             if drawn.logprob is not None:
                 logprobs.append(drawn.logprob)
             self._append(track, drawn.token)
@@ -331,9 +331,9 @@ class Engine:
     # Ends -------------------------------------------------------------------------------------------------------------
 
     def _mark(
-        self, track: Track, reason: str, *, stop: int | None = None, error: str | RequestError | None = None
+        self, track: Track, reason: EngineFinish, *, stop: int | None = None, error: str | RequestError | None = None
     ) -> None:
-        track.finish, track.stop_reason, track.error = reason, stop, error  # type: ignore[assignment]  # str
+        track.finish, track.stop_reason, track.error = reason, stop, error
 
     def _close(self, track: Track) -> None:
         """Free a finished track; keep its window if the next turn may go on from there."""
@@ -348,7 +348,7 @@ class Engine:
         reason = track.finish or "abort"
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
 
-    def _end(self, track: Track, reason: str, error: str | None = None) -> None:
+    def _end(self, track: Track, reason: EngineFinish, error: str | None = None) -> None:
         """End a track outside the drawing of tokens; the next outputs tell it."""
         self._mark(track, reason, error=error)
         self._close(track)

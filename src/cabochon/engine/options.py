@@ -46,6 +46,12 @@ class EngineOptions:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 1 or more.")
+        if self.max_snapshots is not None and self.max_snapshots < 0:
+            raise InputError(f"max_snapshots is {self.max_snapshots}, but must be 0 (none) or more.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InputError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but must be above 0 and at most 1."
+            )
         for name in ("kv_cache_dtype", "kv_window_dtype"):
             if getattr(self, name) not in ("auto", "fp8", "int8"):
                 raise InputError(f"{name} is {getattr(self, name)!r}, but must be auto, fp8 or int8.")
