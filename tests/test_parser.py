@@ -1,12 +1,15 @@
 """Replies to events: the same however they are cut, nothing lost, and what was rendered comes back."""
 
+import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
 from cabochon.chat.callsyntax import Writer, write_call
 from cabochon.chat.messages import (
+    ArgumentsDelta,
     Finish,
     Message,
     Reply,
@@ -30,8 +33,8 @@ def parse(words, pushes, state="start", reason="stop"):
     events = [event for ids in pushes for event in parser.push(ids)] + parser.finish(reason)
     joined = []
     for event in events:
-        if joined and type(event) is type(joined[-1]) and isinstance(event, TextDelta | ThinkingDelta):
-            event = type(event)(joined.pop().text + event.text)
+        if joined and type(event) is type(joined[-1]) and isinstance(event, TextDelta | ThinkingDelta | ArgumentsDelta):
+            event = replace(event, text=joined.pop().text + event.text)
         joined.append(event)
     return joined
 
@@ -86,7 +89,10 @@ def check_identity(words, seed):
     rendered = Message(**{**vars_of(Message.of(message)), "tool_calls": calls})
     prompt = Template(words).render([rendered], add_generation_prompt=False)
     ((start, end),) = prompt.written
-    reply = Reply.of(parse(words, [prompt.token_ids[start:end]]))
+    events = parse(words, [prompt.token_ids[start:end]])
+    for read_arguments, streamed in finished_calls(events):
+        assert streamed == json.dumps(read_arguments, ensure_ascii=False), seed
+    reply = Reply.of(events)
     assert reply.text == message["content"].strip().replace("▁", " "), seed
     assert (reply.thinking or "") == (message["reasoning"] or "").replace("▁", " "), seed
     assert [(call.name, plain(call.arguments)) for call in reply.tool_calls] == [
@@ -171,6 +177,19 @@ def expected_soup(words, ids, state):
     if state == "start":
         text = re.sub("^thought\n\ue001", "\ue001", text)
     return re.sub("\ue000thought(\n|(?=[\ue000-\ue002]))", "", text)
+
+
+def finished_calls(events):
+    """(arguments, JSON text that was streamed of them) of every finished call."""
+    streamed = {}
+    for event in events:
+        match event:
+            case ArgumentsDelta(_, call_id, name, text):
+                streamed[call_id] = (name, streamed.get(call_id, ("", ""))[1] + text)
+            case ToolCallDelta(_, call):
+                name, text = streamed.pop(call.id)
+                assert name == call.name
+                yield call.arguments, text
 
 
 def letters(text):
@@ -382,8 +401,11 @@ def test_deltas_come_as_early_as_they_are_certain():
     assert parser.push(ids_of(WORDS, "<channel|>")) == []
     assert not parser.thinking
     assert parser.push(ids_of(WORDS, "Hi")) == [TextDelta("Hi")]
-    assert parser.push(ids_of(WORDS, "<|tool_call>call:f{")) == []
-    assert parser.push(ids_of(WORDS, "}")) == []
+    assert parser.push(ids_of(WORDS, "<|tool_call>call:f")) == []
+    (opened,) = parser.push(ids_of(WORDS, '{a:<|"|>Os'))
+    assert (opened.index, opened.name, opened.text) == (0, "f", '{"a": "Os')
+    assert [event.text for event in parser.push(ids_of(WORDS, 'lo "<|"|>,b:1.5'))] == ['lo \\"", "b": ']
+    assert [event.text for event in parser.push(ids_of(WORDS, "0}"))] == ["1.5}"]
     assert isinstance(parser.push(ids_of(WORDS, "<tool_call|>"))[0], ToolCallDelta)
 
 

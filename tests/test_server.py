@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import httpx
@@ -72,10 +73,15 @@ def join(chunks: list[dict[str, Any]], n: int = 1) -> list[dict[str, Any]]:
             into["reasoning"] += delta.get("reasoning") or ""
             assert delta.get("reasoning") == delta.get("reasoning_content")
             for call in delta.get("tool_calls", ()):
-                assert call["index"] not in into["calls"]
-                into["calls"][call["index"]] = call["function"]
+                if "id" in call:
+                    assert call["index"] not in into["calls"]
+                    into["calls"][call["index"]] = call["function"]
+                else:
+                    into["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
             into["logprobs"] += (choice["logprobs"] or {"content": []})["content"]
             if choice["finish_reason"]:
+                if choice["finish_reason"] == "length" and any("cut off" in one for one in choice.get("warnings", ())):
+                    into["calls"].popitem()  # the last one, which the warning is about
                 into["ending"] = (choice["finish_reason"], choice["stop_reason"], choice.get("warnings"))
     return joined
 
@@ -151,9 +157,29 @@ def test_three_calls_of_one_tool_stream_with_their_own_indices(base: str) -> Non
     """The only ends of a reply are barred by bias, so that it goes on calling."""
     barred = {str(token): -100 for token in (1, 50, 106)}
     chunks = stream(base, tools=TOOLS[:1], tool_choice="required", logit_bias=barred, max_tokens=120)
-    indices = [call["index"] for c in chunks for o in c["choices"] for call in o["delta"].get("tool_calls", ())]
-    assert len(indices) >= 3
-    assert indices == list(range(len(indices)))
+    pieces = [call for c in chunks for o in c["choices"] for call in o["delta"].get("tool_calls", ())]
+    opened = [piece["index"] for piece in pieces if "id" in piece]
+    assert len(opened) >= 3
+    assert opened == list(range(len(opened)))
+    assert [piece["index"] for piece in pieces] == sorted(piece["index"] for piece in pieces)
+
+
+def test_arguments_stream_as_they_are_written(base: str) -> None:
+    text = {"type": "object", "properties": {"text": {"type": "string", "minLength": 30}}, "required": ["text"]}
+    tool = {"type": "function", "function": {"name": "say", "parameters": text}}
+    asked = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 600}
+    whole = flat(chat(base, **asked))
+    chunks = stream(base, **asked)
+    pieces = [call for c in chunks for o in c["choices"] for call in o["delta"].get("tool_calls", ())]
+    assert len(pieces) > 10
+    assert [sorted(piece) for piece in pieces[:2]] == [["function", "id", "index", "type"], ["function", "index"]]
+    assert join(chunks) == whole
+    final = events(post(base, "/v1/responses", {
+        "input": "Pick one.", "tools": [{"type": "function", "name": "say", "parameters": text}], "stream": True,
+        "tool_choice": "required", "parallel_tool_calls": False}))  # fmt: skip
+    (item,) = final[-1]["response"]["output"]
+    deltas = [event["delta"] for event in final if event["type"] == "response.function_call_arguments.delta"]
+    assert len(deltas) > 10 and "".join(deltas) == item["arguments"]
 
 
 def test_a_call_cut_by_length_is_no_call(base: str) -> None:
@@ -162,6 +188,12 @@ def test_a_call_cut_by_length_is_no_call(base: str) -> None:
         assert choice["finish_reason"] == "length"
         assert "tool_calls" not in choice["message"]
         assert "call" in choice["message"]["content"] or most == 1
+        tools = [{"type": "function", "name": "pick", "parameters": PICK}]
+        asked = {"input": "Pick one.", "tools": tools, "tool_choice": "required", "max_output_tokens": most}
+        whole = post(base, "/v1/responses", asked).json()
+        assert (whole["status"], {item["type"] for item in whole["output"]} - {"message"}) == ("incomplete", set())
+        final = events(post(base, "/v1/responses", {**asked, "stream": True}))[-1]["response"]
+        assert all(item["status"] == "incomplete" for item in final["output"] if item["type"] == "function_call")
 
 
 def test_schema_texts_are_valid(base: str) -> None:
@@ -366,9 +398,13 @@ def test_anthropic(base: str) -> None:
     assert whole["stop_reason"] == "tool_use"
     (block,) = whole["content"]
     Draft202012Validator(PICK).validate(block["input"])
-    kinds = [event["type"] for event in events(post(base, "/v1/messages", {**asked, "stream": True}))]
-    assert kinds == ["message_start", "content_block_start", "content_block_delta", "content_block_stop",
-                     "message_delta", "message_stop"]  # fmt: skip
+    streamed = events(post(base, "/v1/messages", {**asked, "stream": True}))
+    assert [kind for kind, _ in groupby(event["type"] for event in streamed)] == [
+        *("message_start", "content_block_start", "content_block_delta", "content_block_stop"),
+        *("message_delta", "message_stop"),
+    ]
+    pieces = [event["delta"]["partial_json"] for event in streamed if event["type"] == "content_block_delta"]
+    assert len(pieces) > 1 and json.loads("".join(pieces)) == block["input"]
     answered = [
         *asked["messages"],
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""}, block]},

@@ -270,8 +270,8 @@ class MalformedCallError(ValueError):
     """Why a call can't be read, for a warning."""
 
 
-_NAME = re.compile(r"\s*call:\s*([^\s{}][^{}]*?)\s*(?=\{)")
-_MARKS = re.compile(r"[{}\[\]:,]|[^{}\[\]:,]+")
+NAME = re.compile(r"\s*call:\s*([^\s{}][^{}]*?)\s*(?=\{)")
+MARKS = re.compile(r"[{}\[\]:,]|[^{}\[\]:,]+")
 _INTEGER = re.compile(r"-?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _LITERALS = {"null": None, "None": None, "true": True, "True": True, "false": False, "False": False}
@@ -288,13 +288,13 @@ def read_call(segments: Sequence[str]) -> tuple[ToolCall, bool]:
     """
     if len(segments) % 2 == 0:
         raise MalformedCallError("a string isn't closed")
-    name = _NAME.match(segments[0])
+    name = NAME.match(segments[0])
     if name is None:
         raise MalformedCallError("it doesn't begin with call:NAME{")
-    marks: list[str | _String] = [m for m in _MARKS.findall(segments[0][name.end() :]) if m.strip()]
+    marks: list[str | _String] = [m for m in MARKS.findall(segments[0][name.end() :]) if m.strip()]
     for i in range(1, len(segments), 2):
         marks.append(_String(segments[i]))
-        marks += [m for m in _MARKS.findall(segments[i + 1]) if m.strip()]
+        marks += [m for m in MARKS.findall(segments[i + 1]) if m.strip()]
     reader = _Reader(marks)
     arguments = reader.object(0)
     if reader.at < len(marks):
@@ -364,27 +364,31 @@ class _Reader:
         if self.peek("["):
             return self.list(depth)
         word = self.take()
-        return str(word) if isinstance(word, _String) else self.bare(word.strip())
-
-    def bare(self, word: str) -> Any:
-        """A number, true, false, null; models that forget the quote tokens mean the word itself."""
-        if word in _LITERALS:
-            return _LITERALS[word]
+        if isinstance(word, _String):
+            return str(word)
         if word in tuple("{}[]:,"):
             raise MalformedCallError(f"{word!r} stands where a value should")
-        if _FLOAT.fullmatch(word) and len(word) < 4000:
-            return int(word) if _INTEGER.fullmatch(word) else float(word)
-        self.loose = True
-        return _unquoted(word)
+        value, loose = bare(word.strip())
+        self.loose |= loose
+        return value
+
+
+def bare(word: str) -> tuple[Any, bool]:
+    """A number, true, false or null. Models that forget the quote tokens mean the word itself: then the flag is set."""
+    if word in _LITERALS:
+        return _LITERALS[word], False
+    if _FLOAT.fullmatch(word) and len(word) < 4000:
+        return (int(word) if _INTEGER.fullmatch(word) else float(word)), False
+    return unquoted(word), True
 
 
 def _bare_key(key: str) -> str:
     if key in tuple("{}[]:,"):
         raise MalformedCallError(f"{key!r} stands where a key should")
-    return _unquoted(key.strip())
+    return unquoted(key.strip())
 
 
-def _unquoted(word: str) -> str:
+def unquoted(word: str) -> str:
     """Without JSON's quotation marks, if there are any."""
     try:
         plain = json.loads(word) if word.startswith('"') else word

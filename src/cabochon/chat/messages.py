@@ -155,6 +155,20 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    """A piece of the JSON text of a call's arguments, before the call is finished.
+
+    The pieces of a call that its `ToolCallDelta` follows join to its arguments; a call that was cut or can't be read
+    has none, and its pieces count for nothing.
+    """
+
+    index: int
+    id: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A finished tool call; `index` counts the calls of this reply from 0."""
 
@@ -192,7 +206,7 @@ class Finish:
     """The stop string that ended it, where one did."""
 
 
-Event = ThinkingDelta | TextDelta | ToolCallDelta | Warned | Finish
+Event = ThinkingDelta | TextDelta | ArgumentsDelta | ToolCallDelta | Warned | Finish
 
 
 @dataclass(frozen=True, slots=True)

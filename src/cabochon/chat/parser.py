@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Literal
 
+from .callstream import ArgumentsStream
 from .callsyntax import MalformedCallError, read_call
 from .messages import (
+    ArgumentsDelta,
     Event,
     Finish,
     FinishReason,
@@ -55,6 +57,8 @@ class Parser:
         """Text that may turn out to be a heading or the line end that closes a thought."""
         self._segments: list[str] = []
         """A call's text so far, cut at the quote tokens."""
+        self._arguments = ArgumentsStream()
+        self._open_id = ""
         self._warned: set[str] = set()
         self.calls = 0
         """Tool calls so far."""
@@ -107,6 +111,7 @@ class Parser:
                 self._think(text)
             case "call":
                 self._segments[-1] += text
+                self._argue(self._arguments.text(text))
             case "start" | "heading":
                 self._held += text
                 if self._state == "heading" and self._held.startswith(_HEADING):
@@ -149,6 +154,14 @@ class Parser:
         elif text:
             self._events.append(TextDelta(text))
 
+    def _argue(self, text: str) -> None:
+        last = self._events[-1] if self._events else None
+        if text and isinstance(last, ArgumentsDelta) and last.id == self._open_id:
+            self._events[-1] = replace(last, text=last.text + text)
+        elif text:
+            assert self._arguments.name is not None
+            self._events.append(ArgumentsDelta(self.calls, self._open_id, self._arguments.name, text))
+
     def _warn(self, text: str) -> None:
         """Each warning once per reply."""
         if text not in self._warned:
@@ -166,6 +179,7 @@ class Parser:
         if self._state == "call":
             if token_id == tokens.quote:
                 self._segments.append("")
+                self._argue(self._arguments.quote())
                 return
             self._end_call(closed=token_id == tokens.tool_call_close)
             if token_id == tokens.tool_call_close:
@@ -177,7 +191,8 @@ class Parser:
             self._state = "heading"
         elif token_id == tokens.tool_call_open:
             self._release()
-            self._state, self._segments = "call", [""]
+            self._state, self._segments, self._arguments = "call", [""], ArgumentsStream()
+            self._open_id = self._call_id(self.calls)
         elif token_id == tokens.quote:
             self._text('"')
         else:
@@ -216,5 +231,5 @@ class Parser:
             self._warn(f"The call of {call.name} was not closed, but is complete.")
         if loose:
             self._warn(f"The call of {call.name} lacks quotes around text.")
-        self._events.append(ToolCallDelta(self.calls, replace(call, id=self._call_id(self.calls))))
+        self._events.append(ToolCallDelta(self.calls, replace(call, id=self._open_id)))
         self.calls += 1

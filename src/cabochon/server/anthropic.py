@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..chat.messages import (
+    ArgumentsDelta,
     Event,
     Finish,
     Message,
@@ -193,12 +194,12 @@ class MessageWriter:
                 case ThinkingDelta(text):
                     written += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
                     written.append(self._delta({"type": "thinking_delta", "thinking": text}))
-                case ToolCallDelta(_, call):
-                    written += self._close()
-                    head = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-                    written += self._block("tool_use", head)
-                    text = json.dumps(call.arguments, ensure_ascii=False)
-                    written.append(self._delta({"type": "input_json_delta", "partial_json": text}))
+                case ArgumentsDelta():
+                    written += self._block(
+                        "tool_use", {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                    )
+                    written.append(self._delta({"type": "input_json_delta", "partial_json": event.text}))
+                case ToolCallDelta():
                     written += self._close()
                 case Finish():
                     written += self._close()
@@ -213,11 +214,15 @@ class MessageWriter:
         """The message that the stream's events join to."""
         content: list[dict[str, Any]] = []
         ending: dict[str, Any] = {}
-        for name, data in self.events(events):
+        finished = {event.call.id for event in events if isinstance(event, ToolCallDelta)}
+        kept = [event for event in events if not isinstance(event, ArgumentsDelta) or event.id in finished]
+        for name, data in self.events(kept):
             if name == "content_block_start":
                 content.append(dict(data["content_block"]))
             elif name == "content_block_delta":
                 _join(content[-1], data["delta"])
+            elif name == "content_block_stop" and content[-1]["type"] == "tool_use":
+                content[-1]["input"] = json.loads(content[-1]["input"])
             elif name == "message_delta":
                 ending = {**data["delta"], "usage": data["usage"]}
         warnings = [event.text for event in events if isinstance(event, Warned)]
@@ -249,7 +254,7 @@ def _join(block: dict[str, Any], delta: Mapping[str, Any]) -> None:
         case "thinking_delta":
             block["thinking"] += delta["thinking"]
         case "input_json_delta":
-            block["input"] = json.loads(delta["partial_json"])
+            block["input"] = (block["input"] or "") + delta["partial_json"]
 
 
 def _stop(finish: Finish | None) -> dict[str, Any]:

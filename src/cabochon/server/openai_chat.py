@@ -1,7 +1,9 @@
 """Chat completions: OpenAI's request to an `Ask`, events to OpenAI's reply, whole or in chunks. Pure functions.
 
-Beyond OpenAI's words: thinking stands under both `reasoning` and `reasoning_content`; a choice may carry `warnings`; a
-reply that the loop guard ended has `finish_reason: "length"` and `stop_reason: "loop"`.
+A call's arguments stream as they are written; what was streamed of a call that the reply's length cut off is no call,
+which `finish_reason: "length"` and a warning say. Beyond OpenAI's words: thinking stands under both `reasoning` and
+`reasoning_content`; a choice may carry `warnings`; a reply that the loop guard ended has `finish_reason: "length"` and
+`stop_reason: "loop"`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..chat.messages import (
+    ArgumentsDelta,
     Event,
     Finish,
     Message,
@@ -19,7 +22,6 @@ from ..chat.messages import (
     ThinkingDelta,
     Tool,
     ToolCall,
-    ToolCallDelta,
     Usage,
     Warned,
 )
@@ -135,6 +137,8 @@ class ChatWriter:
         self._head = {"id": identity, "created": created, "model": model, "system_fingerprint": None}
         self._tokenizer = tokenizer
         self._opened: set[int] = set()
+        self._called: set[str] = set()
+        """Calls whose names have gone out."""
         self._warnings: dict[int, list[str]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
 
@@ -153,8 +157,8 @@ class ChatWriter:
                     written.append(self._chunk(index, {"content": text}))
                 case ThinkingDelta(text):
                     written.append(self._chunk(index, {"reasoning": text, "reasoning_content": text}))
-                case ToolCallDelta(place, call):
-                    written.append(self._chunk(index, {"tool_calls": [{"index": place, **call_object(call)}]}))
+                case ArgumentsDelta():
+                    written.append(self._chunk(index, {"tool_calls": [self._piece(event)]}))
                 case Warned(text):
                     self._warnings.setdefault(index, []).append(text)
                 case Finish():
@@ -189,6 +193,14 @@ class ChatWriter:
         shown = {"content": logprob_entries(self._tokenizer, waiting), "refusal": None} if waiting else None
         choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": None, **more}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _piece(self, event: ArgumentsDelta) -> dict[str, Any]:
+        """A piece of a call. Id and name come with the first one only: clients join what they see."""
+        if event.id in self._called:
+            return {"index": event.index, "function": {"arguments": event.text}}
+        self._called.add(event.id)
+        function = {"name": event.name, "arguments": event.text}
+        return {"index": event.index, "id": event.id, "type": "function", "function": function}
 
     def _last(self, index: int, finish: Finish) -> dict[str, Any]:
         warnings = self._warnings.get(index)

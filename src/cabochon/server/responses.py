@@ -6,18 +6,17 @@ and may be sent back, where it counts while the tool loop lasts, as in a chat.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..chat.messages import (
+    ArgumentsDelta,
     Event,
     Finish,
     Message,
     TextDelta,
     ThinkingDelta,
     Tool,
-    ToolCall,
     ToolCallDelta,
     Usage,
     Warned,
@@ -244,7 +243,8 @@ class ResponseWriter:
 
     def message(self) -> Message:
         """The finished output as the conversation's next message."""
-        joined = read_input([item for item in self.output if item["type"] != "reasoning"])
+        said = [item for item in self.output if item["type"] != "reasoning" and item["status"] == "completed"]
+        joined = read_input(said)
         text = tuple(part for message in joined for part in message.content)
         calls = tuple(call for message in joined for call in message.tool_calls)
         thoughts = [item for item in self.output if item["type"] == "reasoning"]
@@ -266,8 +266,10 @@ class ResponseWriter:
                     written += self._item("message") + self._say(text)
                 case ThinkingDelta(text):
                     written += self._item("reasoning") + self._think(text)
-                case ToolCallDelta(_, call):
-                    written += self._close() + self._call(call)
+                case ArgumentsDelta():
+                    written += self._argue(event)
+                case ToolCallDelta():
+                    written += self._end_call("completed")
                 case Warned(text):
                     self._warnings.append(text)
                 case Finish():
@@ -337,6 +339,8 @@ class ResponseWriter:
         """Close the open item."""
         if self._open is None:
             return []
+        if self._open == "function_call":
+            return self._break_call()
         item, part = self.output[-1], self.output[-1]["content"][0]
         kind = "response.output_text.done" if self._open == "message" else "response.reasoning_text.done"
         more = {"logprobs": part["logprobs"]} if self._open == "message" else {}
@@ -348,17 +352,37 @@ class ResponseWriter:
             self._event("response.output_item.done", output_index=len(self.output) - 1, item=dict(item)),
         ]
 
-    def _call(self, call: ToolCall) -> list[dict[str, Any]]:
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        item = {"id": self._named("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
-        self.output.append({**item, "arguments": arguments, "status": "completed"})
+    def _argue(self, event: ArgumentsDelta) -> list[dict[str, Any]]:
+        """A piece of a call, which it opens if need be."""
+        self._waiting.clear()
+        written: list[dict[str, Any]] = []
+        if self._open != "function_call":
+            written += self._close()
+            self._open = "function_call"
+            item = {"id": self._named("fc"), "type": "function_call", "call_id": event.id, "name": event.name}
+            self.output.append({**item, "arguments": "", "status": "in_progress"})
+            opened = {"output_index": len(self.output) - 1, "item": dict(self.output[-1])}
+            written.append(self._event("response.output_item.added", **opened))
+        self.output[-1]["arguments"] += event.text
+        place = {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
+        return [*written, self._event("response.function_call_arguments.delta", **place, delta=event.text)]
+
+    def _break_call(self) -> list[dict[str, Any]]:
+        """The reply ended within a call: who saw it begin is told; whole replies leave it out."""
+        if self._request.stream:
+            return self._end_call("incomplete")
+        self._open = None
+        self.output.pop()
+        return []
+
+    def _end_call(self, status: str) -> list[dict[str, Any]]:
+        self._open, item = None, self.output[-1]
+        item["status"] = status
         place = {"item_id": item["id"], "output_index": len(self.output) - 1}
-        opened = {**item, "arguments": "", "status": "in_progress"}
+        spelt = {"name": item["name"], "arguments": item["arguments"]}
         return [
-            self._event("response.output_item.added", output_index=place["output_index"], item=opened),
-            self._event("response.function_call_arguments.delta", **place, delta=arguments),
-            self._event("response.function_call_arguments.done", **place, name=call.name, arguments=arguments),
-            self._event("response.output_item.done", output_index=place["output_index"], item=dict(self.output[-1])),
+            self._event("response.function_call_arguments.done", **place, **spelt),
+            self._event("response.output_item.done", output_index=place["output_index"], item=dict(item)),
         ]
 
     def _finish(self, finish: Finish) -> dict[str, Any]:
