@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from cabochon.engine.engine import Engine, loops
+from cabochon.engine.engine import Engine
 from cabochon.engine.options import EngineOptions
+from cabochon.engine.reply import loops
 from cabochon.engine.request import Request, SamplingParams, SoftSpan
 from cabochon.errors import ContextError, InputError, RequestError
 from cabochon.llm import LLM

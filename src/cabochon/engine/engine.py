@@ -8,7 +8,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ContextError, RequestError
@@ -18,6 +17,7 @@ from . import sampler
 from .batching import build, spans_of
 from .encoder import Encoder, Features
 from .options import EngineOptions, context_that_fits, plan_cache
+from .reply import extend
 from .request import EngineFinish, Request, StepOutput, TokenLogprob
 from .runner import Runner
 from .sampler import Drawn
@@ -272,15 +272,15 @@ class Engine:
     # Tokens -----------------------------------------------------------------------------------------------------------
 
     def _take(self, track: Track, drawn: Drawn) -> StepOutput:
-        """Append a drawn token, and those that a constraint forces after it; see whether the reply ends."""
+        """Let a reply go on by what was drawn for it."""
         before, logprobs = track.length, []
         if drawn.error is not None:
-            self._mark(track, "error", error=drawn.error)
+            track.end("error", error=drawn.error)
         else:
             self._clock_token(track)
             if drawn.logprob is not None:
                 logprobs.append(drawn.logprob)
-            self._append(track, drawn.token)
+            extend(track, drawn.token)
         tokens = tuple(track.ids[before:].tolist())
         if track.request.params.logprobs is not None:
             # Forced tokens were not drawn: they are certain.
@@ -289,36 +289,6 @@ class Engine:
         first = track.generated == len(tokens)
         scores = tuple(track.prompt_scores) if first and track.index == 0 and track.prompt_scores else None
         return self._output(track, tokens, tuple(logprobs), scores)
-
-    def _append(self, track: Track, token: int) -> None:
-        track.append(token)
-        constraint = track.constraint
-        try:
-            if constraint is not None:
-                constraint.advance(token)
-            self._see_end(track, token)
-            if constraint is not None and track.finish is None:
-                for forced in constraint.forced():
-                    track.append(forced)
-                    constraint.advance(forced)
-                    self._see_end(track, forced)
-                    if track.finish is not None:
-                        break
-        except RequestError as error:
-            self._mark(track, "error", error=error)
-        except Exception as error:  # a foreign object: whatever it raises ends this request only
-            self._mark(track, "error", error=f"The constraint of this request failed: {error}")
-
-    def _see_end(self, track: Track, token: int) -> None:
-        request, params = track.request, track.request.params
-        if (token in request.eos_ids and not params.ignore_eos) or token in params.stop_token_ids:
-            self._mark(track, "stop", stop=token)
-        elif track.constraint is not None and track.constraint.done():
-            self._mark(track, "stop")
-        elif track.generated >= (params.max_tokens or 1):
-            self._mark(track, "length")
-        elif request.loop_guard and track.generated % 16 == 0 and loops(track.ids, request.loop_guard, track.generated):
-            self._mark(track, "loop")
 
     def _clock_token(self, track: Track) -> None:
         now = self.clock()
@@ -329,11 +299,6 @@ class Engine:
         track.last_token_at = now
 
     # Ends -------------------------------------------------------------------------------------------------------------
-
-    def _mark(
-        self, track: Track, reason: EngineFinish, *, stop: int | None = None, error: str | RequestError | None = None
-    ) -> None:
-        track.finish, track.stop_reason, track.error = reason, stop, error
 
     def _close(self, track: Track) -> None:
         """Free a finished track; keep its window if the next turn may go on from there."""
@@ -350,7 +315,7 @@ class Engine:
 
     def _end(self, track: Track, reason: EngineFinish, error: str | None = None) -> None:
         """End a track outside the drawing of tokens; the next outputs tell it."""
-        self._mark(track, reason, error=error)
+        track.end(reason, error=error)
         self._close(track)
         self._ended.append(track)
 
@@ -404,11 +369,3 @@ class Engine:
         assert set(map(id, held)) == set(map(id, self.scheduler.running)), "a track holds pages without running"
         assert len(tracks) == len(self.scheduler.running) + len(self.scheduler.waiting), "a track is lost"
         self.cache.check(track.holding for track in held if track.holding is not None)
-
-
-def loops(ids: NDArray[np.int64], window: int, generated: int) -> bool:
-    """Do the last `window` tokens of a reply repeat a cycle of at most a quarter of them?"""
-    if generated < window:
-        return False
-    tail = ids[-window:]
-    return any(bool((tail[period:] == tail[:-period]).all()) for period in range(1, window // 4 + 1))

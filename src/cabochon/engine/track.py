@@ -115,6 +115,10 @@ class Track:
         self._ids[self.length] = self._content[self.length] = token
         self.length += 1
 
+    def end(self, reason: EngineFinish, *, stop: int | None = None, error: str | RequestError | None = None) -> None:
+        """The reply is over, and why."""
+        self.finish, self.stop_reason, self.error = reason, stop, error
+
 
 def _seed(seed: int | None, index: int) -> int:
     """Each reply draws from its own stream; without a seed, from one that nobody knows."""
