@@ -123,8 +123,15 @@ def _kernel(layer: Layer, x: Tensor) -> Any:
     vectors = [None if norm is None else norm.weight for norm in norms] + [layer.layer_scalar]
     if any(vector is not None and vector.dtype != x.dtype for vector in vectors):
         return None
-    matrices = [_NOTHING if product is None else cpu.as_matrix(product.weight, x) for product in products]
-    if None in matrices or len({m[0] for m in matrices[:3] if m != _NOTHING}) > 1 or matrices[4][0] != matrices[5][0]:
+    matrices = []
+    for product in products:
+        matrix = _NOTHING if product is None else cpu.as_matrix(product.weight, x)
+        if matrix is None:
+            return None
+        matrices.append(matrix)
+    query, key, value, _, gate, up, *_ = matrices
+    together = ((query, key, value), (gate, up))  # they are multiplied with the same rounded activations
+    if any(m != _NOTHING and m[0] != first[0] for first, *others in together for m in others):
         return None
     head = (cpu.DTYPES[x.dtype], attn.eps, spec.q_heads, spec.head_dim)
     stored = (spec.kv_heads, attn.row_width, attn.key_offset, attn.value_offset, spec.window or 0)

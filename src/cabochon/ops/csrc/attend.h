@@ -12,7 +12,7 @@ namespace {
 
 constexpr long KEYS = 64, CHUNK = 256, TILE = 48;
 #if CABOCHON_AVX512
-constexpr int QUERY_ROWS = 6, COLUMNS = 4;
+constexpr int QUERY_ROWS = 8, COLUMNS = 2;  // a decoded token brings eight rows in the small models
 #elif CABOCHON_AVX2
 constexpr int QUERY_ROWS = 2, COLUMNS = 2;
 #else
@@ -184,6 +184,15 @@ struct Attention {
         return space;
     }
 
+    // Rows of the next block lie on pages here and there, where the CPU looks for none by itself.
+    void prefetch_keys(const Unit& u, long from) const {
+        if (op.scales) return;
+        for (long j = from; j < least(from + KEYS, u.high); ++j) {
+            const auto* row = reinterpret_cast<const char*>(key_row(u, j, nullptr));
+            for (long line = 0; line < op.width * long(sizeof(T)); line += 64) __builtin_prefetch(row + line, 0, 2);
+        }
+    }
+
     long last_key(long row) const { return op.window ? op.see_until[row] : op.position[row]; }
     long first_key(long row) const { return op.window ? op.position[row] - op.window + 1 : 0; }
 
@@ -291,6 +300,7 @@ struct Attention {
         b.chunk.clear(rows, lanes);
         for (long from = most(chunk * CHUNK, u.low / KEYS * KEYS); from < least((chunk + 1) * CHUNK, u.high); from += KEYS) {
             gather_keys(u, from, b);
+            prefetch_keys(u, from + KEYS);
             multiply<pairs>(rows, KEYS, b.queries, inner, b.keys, KEYS, inner, b.scores, KEYS, false);
             for (long r = 0; r < rows; ++r) {
                 const long row = u.first + r / group, low = most(first_key(row), u.low), high = last_key(row);

@@ -11,6 +11,7 @@ namespace {
 constexpr long PANEL = 16;
 constexpr long BLOCK = 64;         // outputs of a work item: four panels
 constexpr long GROUPS_AT_ONCE = 64;  // of a panel while it should stay in L2
+constexpr long AHEAD = 6144;         // bytes that one row asks memory for before it comes to them
 
 // What the byte products add per unit of activation because codes are stored unsigned.
 template <Format F>
@@ -145,7 +146,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
         for (int c = 0; c < C; ++c) {
             b[c] = codes + ((panel + c) * groups + g) * group_bytes<F>();
             if constexpr (C == 1) {  // decode: the weight comes from memory
-                for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + 2048 + line);
+                for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + AHEAD + line);
             }
         }
         for (int r = 0; r < R; ++r) {
@@ -197,8 +198,9 @@ template <Format F>
 void integer_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
     const long panel = output / PANEL, panels = least(BLOCK / PANEL, (w.rows - output + PANEL - 1) / PANEL);
     const bool flat = last - first <= FLAT;
-    for (long from = 0; from < x.groups; from += GROUPS_AT_ONCE) {
-        const long to = least(from + GROUPS_AT_ONCE, x.groups);
+    const long at_once = flat ? x.groups : GROUPS_AT_ONCE;  // few rows read a panel once: in one run through memory
+    for (long from = 0; from < x.groups; from += at_once) {
+        const long to = least(from + at_once, x.groups);
         const int wide = flat ? FLAT_PANELS : TALL_PANELS;
         for (long c = 0; c < panels; c += wide)
             for (long row = first; row < last; row += flat ? FLAT : TALL) {
