@@ -5,6 +5,7 @@ With CABOCHON_SCREENSHOTS=docs the pictures of the documentation are taken anew.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -16,6 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from cabochon.llm import AsyncLLM
+from cabochon.media.audio import RATE, read_audio
+from support.hostile_media import picture
+from support.speaking import save_seeing
 from support.stand import bundled_llm, running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -52,13 +57,33 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("There is no chromium here; `apt-get install chromium` brings it.")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        beeping = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *beeping])
         yield browser
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model sees and hears, though what it says is noise."""
+    llm = AsyncLLM(save_seeing(tmp_path_factory.mktemp("seeing") / "noise"), max_model_len=4096)
+    with running(llm, max_output_tokens=4) as base:
+        yield base
+    llm.close()
+
+
 @pytest.fixture
 def page(browser: Any, base: str) -> Iterator[Any]:
+    yield from opened(browser, base, "pebble")
+
+
+@pytest.fixture
+def sensing_page(browser: Any, seeing: str) -> Iterator[Any]:
+    yield from opened(browser, seeing, "noise")
+
+
+def opened(browser: Any, base: str, model: str) -> Iterator[Any]:
+    """The page at `base`, once it knows its model; whatever goes wrong on it is an error."""
     context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme="light")
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
@@ -67,7 +92,7 @@ def page(browser: Any, base: str) -> Iterator[Any]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status > 400 else None)
     page.goto(base)
-    page.wait_for_function("() => document.getElementById('model').textContent === 'pebble'")
+    page.wait_for_function(f"() => document.getElementById('model').textContent === '{model}'")
     yield page
     assert not [text for text in wrong if "status of 400" not in text]
     context.close()
@@ -152,11 +177,11 @@ def test_stop_and_faults(page: Any, base: str) -> None:
     page.click("#open-settings")
     page.fill("[name=tools]", "no list")
     say(page, "Hello")
-    assert "The tools are not JSON" in page.locator(".fault").text_content()
+    assert "The tools are not JSON" in page.locator(".assistant .fault").text_content()
     page.fill("[name=tools]", "")
     page.fill("[name=max_tokens]", "99999999")
     say(page, "Hello")
-    assert "8192" in page.locator(".fault").last.text_content()
+    assert "8192" in page.locator(".assistant .fault").last.text_content()
 
 
 def test_text_from_the_model_stays_text(page: Any) -> None:
@@ -171,6 +196,62 @@ def test_text_from_the_model_stays_text(page: Any) -> None:
     assert page.evaluate("window.hit") is None
 
 
+# Images and sounds ---------------------------------------------------------------------------------------------------
+
+HAND_OVER = """([kind, name, type, data]) => {
+    const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, { type }));
+    const event = kind === "paste"
+        ? new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true })
+        : new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+    document.getElementById("words").dispatchEvent(event);
+}"""
+"""Drop or paste a file: what the browser does when a person's hand does it."""
+
+
+def sent(page: Any, text: str) -> list[dict[str, Any]]:
+    """Say `text` with whatever is attached; the content parts that went to the server, which answered them."""
+    with page.expect_request(lambda request: request.url.endswith("/v1/chat/completions")) as asked:
+        reply = say(page, text)
+    assert reply.locator(".fault").count() == 0, reply.text_content()
+    return json.loads(asked.value.post_data)["messages"][-1]["content"]
+
+
+def test_pictures_are_picked_dropped_and_pasted(sensing_page: Any, tmp_path: Path) -> None:
+    page, data = sensing_page, picture(size=(64, 48))
+    (tmp_path / "picked.png").write_bytes(data)
+    page.set_input_files("#attach input", tmp_path / "picked.png")
+    for place, kind in enumerate(("drop", "paste", "drop"), 2):
+        page.wait_for_function(f"() => document.querySelectorAll('.chip').length === {place - 1}")
+        page.evaluate(HAND_OVER, [kind, f"{kind}.png", "image/png", base64.b64encode(data).decode()])
+    page.wait_for_function("() => document.querySelectorAll('.chip').length === 4")
+    page.locator(".chip button").last.click()
+    parts = sent(page, "What is this?")
+    assert [part["type"] for part in parts] == ["image_url"] * 3 + ["text"]
+    for part in parts[:3]:
+        assert base64.b64decode(part["image_url"]["url"].split(",")[1]) == data
+    assert page.locator(".user img").count() == 3
+    assert page.locator(".chip").count() == 0
+    page.evaluate(HAND_OVER, ["drop", "notes.pdf", "application/pdf", ""])
+    page.wait_for_selector("text=noise takes no application.")
+
+
+def test_the_microphone(sensing_page: Any) -> None:
+    """Chromium's make-believe microphone beeps once a second."""
+    page = sensing_page
+    page.click("#record")
+    page.wait_for_selector("#record[aria-pressed=true]")
+    page.wait_for_timeout(700)  # what is being waited for is time: a recording of that length
+    page.click("#record")
+    page.wait_for_selector(".chip")
+    sound, text = sent(page, "What do you hear?")
+    assert (sound["type"], text["type"]) == ("input_audio", "text")
+    samples = read_audio(base64.b64decode(sound["input_audio"]["data"]), 30.0)
+    assert 0.3 * RATE < len(samples) < 20 * RATE
+    assert page.locator(".user audio").count() == 1
+
+
 def test_the_description_of_the_endpoints(page: Any, base: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -180,6 +261,7 @@ def test_the_description_of_the_endpoints(page: Any, base: str) -> None:
     assert page.locator("details").count() == sum(len(operations) for operations in described["paths"].values())
     box = page.locator("details:has(code:text-is('/v1/chat/completions'))")
     box.locator("summary").click()
+    box.locator("text=Retry-After").wait_for()
     shown = box.text_content()
     for words in ("temperature", "list of ChatMessage", "required", "tool_choice", "Retry-After"):
         assert words in shown

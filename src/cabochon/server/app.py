@@ -137,8 +137,16 @@ def _describe(app: FastAPI) -> None:
     app.openapi = described  # type: ignore[method-assign]  # as FastAPI's own documentation has it
 
 
-ONLY_OURS = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-"""What the page may load: its own files, and the pictures that its user picked."""
+ONLY_OURS = "; ".join(
+    (
+        "default-src 'self'",
+        "img-src 'self' data:",
+        "media-src data:",
+        "style-src 'self' 'unsafe-inline'",
+        "frame-ancestors 'none'",
+    )
+)
+"""What the page may load: its own files, and the pictures, sounds and videos that its user picked."""
 FAULTS = {
     400: "Something in the request can't be served; the error names the field",
     401: "The key is missing or wrong",

@@ -17,12 +17,13 @@ export async function firstModel(key) {
   return (await answer.json()).data[0];
 }
 
-// Yields { thinking, text, call, ending, usage, warnings } as they come.
+// Yields { thinking, text, call, place, ending, usage, warnings } as they come; a call again with every piece of it.
 export async function* chat(body, key, signal) {
   const asked = { ...body, stream: true, stream_options: { include_usage: true } };
   const answer = await checked(await fetch("/v1/chat/completions", {
     method: "POST", headers: headers(key), body: JSON.stringify(asked), signal,
   }));
+  const calls = [];
   for await (const event of events(answer.body)) {
     if (event.error) throw new Fault(event.error.message);
     if (event.usage) yield { usage: event.usage };
@@ -30,7 +31,12 @@ export async function* chat(body, key, signal) {
     if (!choice) continue;
     if (choice.delta.reasoning) yield { thinking: choice.delta.reasoning };
     if (choice.delta.content) yield { text: choice.delta.content };
-    for (const call of choice.delta.tool_calls ?? []) yield { call };
+    for (const piece of choice.delta.tool_calls ?? []) {
+      const place = piece.index;
+      calls[place] ??= { id: piece.id, type: "function", function: { name: piece.function.name, arguments: "" } };
+      calls[place].function.arguments += piece.function.arguments;
+      yield { call: calls[place], place };
+    }
     if (choice.finish_reason) yield { ending: choice.stop_reason ?? choice.finish_reason, warnings: choice.warnings ?? [] };
   }
 }

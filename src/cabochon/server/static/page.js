@@ -1,7 +1,8 @@
 // The page: what was said so far, the form, the settings. Text from the model only ever becomes text nodes.
 
 import { chat, Fault, firstModel } from "./api.js";
-import { attachment, make, ReplyView, userView } from "./views.js";
+import { hearing, watching } from "./media.js";
+import { chip, ReplyView, userView } from "./views.js";
 
 const at = (id) => document.getElementById(id);
 const talk = at("talk"), words = at("words"), options = at("options");
@@ -54,8 +55,10 @@ async function greet() {
   try {
     model = await firstModel(options.elements.key.value);
     at("model").textContent = model.id;
-    at("attach").hidden = !model.modalities.some((kind) => kind !== "text");
-    at("attach").querySelector("input").accept = model.modalities.filter((kind) => kind !== "text").map((kind) => `${kind}/*`).join();
+    const kinds = model.modalities.filter((kind) => kind !== "text");
+    at("attach").hidden = !kinds.length;
+    at("attach").querySelector("input").accept = kinds.map((kind) => `${kind}/*`).join();
+    at("record").hidden = !kinds.includes("audio") || !navigator.mediaDevices;
   } catch (error) {
     at("model").textContent = error.message;
   }
@@ -73,6 +76,7 @@ at("ask").onsubmit = (event) => {
   history.push({ role: "user", content });
   attached = [];
   at("attached").replaceChildren();
+  complain("");
   words.value = "";
   fit();
   answer();
@@ -141,11 +145,17 @@ words.onkeydown = (event) => {
   }
 };
 
-at("attach").querySelector("input").onchange = async (event) => {
-  for (const file of event.target.files) {
-    const one = await attachment(file);
-    attached.push(one);
-    at("attached").append(make("span", "quiet", one.name));
-  }
-  event.target.value = "";
-};
+// Images, sounds and videos --------------------------------------------------------------------------------------------
+
+function attach(file) {
+  if (!model?.modalities.includes(file.kind)) return complain(`${model?.id ?? "The model"} takes no ${file.kind}.`);
+  attached.push(file);
+  at("attached").append(chip(file, () => { attached = attached.filter((one) => one !== file); }));
+}
+
+function complain(text) {
+  at("complaint").textContent = text;
+}
+
+watching({ input: at("attach").querySelector("input"), words, zone: document.body, attach });
+hearing({ button: at("record"), attach, complain });

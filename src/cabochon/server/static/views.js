@@ -7,18 +7,11 @@ export function make(tag, kind, text) {
   return node;
 }
 
-// A file as a content part: images as image_url, sounds as input_audio, videos as video_url.
-export async function attachment(file) {
-  const url = await new Promise((done) => {
-    const reader = new FileReader();
-    reader.onload = () => done(reader.result);
-    reader.readAsDataURL(file);
-  });
-  const kind = file.type.split("/")[0];
-  const part = kind === "audio"
-    ? { type: "input_audio", input_audio: { data: url.slice(url.indexOf(",") + 1), format: file.name.split(".").pop() } }
-    : { type: `${kind}_url`, [`${kind}_url`]: { url } };
-  return { name: file.name, kind, url, part };
+// A file that waits to be sent, and a way to take it back.
+export function chip(file, remove) {
+  const root = make("span", "chip", file.name);
+  root.append(Object.assign(make("button", "", "×"), { type: "button", ariaLabel: `Remove ${file.name}`, onclick: () => { root.remove(); remove(); } }));
+  return root;
 }
 
 export function userView(text, files) {
@@ -26,7 +19,7 @@ export function userView(text, files) {
   for (const file of files) {
     const shown = make("div", "media");
     if (file.kind === "image") shown.append(Object.assign(make("img"), { src: file.url, alt: file.name }));
-    else shown.append(make("span", "quiet", file.name));
+    else shown.append(Object.assign(make(file.kind), { src: file.url, controls: true, title: file.name }));
     root.append(shown);
   }
   if (text) root.append(make("div", "said", text));
@@ -37,6 +30,11 @@ export function userView(text, files) {
 function spell(node, text) {
   node.replaceChildren(...text.split(/^```[^\n]*\n?/m).map((part, place) =>
     place % 2 ? make("pre", "", part) : document.createTextNode(part)));
+}
+
+// JSON over several lines once it is whole, as it is until then.
+function laidOut(text) {
+  try { return JSON.stringify(JSON.parse(text), null, 2); } catch { return text; }
 }
 
 export class ReplyView {
@@ -58,7 +56,7 @@ export class ReplyView {
     this.firstAt = null;
   }
 
-  add({ thinking, text, call, usage, ending, warnings }) {
+  add({ thinking, text, call, place, usage, ending, warnings }) {
     this.firstAt ??= performance.now();
     if (thinking) {
       this.thinking += thinking;
@@ -69,19 +67,29 @@ export class ReplyView {
       this.text += text;
       spell(this.said, this.text);
     }
-    if (call) this.addCall(call);
+    if (call) this.showCall(call, place);
     if (usage) this.usage = usage;
     if (ending === "length") this.note("The reply reached its limit.");
+    if (ending && ending !== "tool_calls") this.dropCalls();
     if (ending === "loop") this.note("The reply repeated itself and was ended.");
     for (const warning of warnings ?? []) this.note(warning);
   }
 
-  addCall(call) {
-    this.toolCalls.push({ id: call.id, type: "function", function: call.function });
-    const box = make("div", "call");
-    box.append(make("b", "", call.function.name), make("pre", "", JSON.stringify(JSON.parse(call.function.arguments), null, 2)));
-    box.append(Object.assign(make("input"), { placeholder: "Answer for the tool", ariaLabel: `Answer for ${call.function.name}` }));
-    this.calls.append(box);
+  showCall(call, place) {
+    if (!this.toolCalls[place]) {
+      const box = make("div", "call");
+      box.append(make("b", "", call.function.name), make("pre"));
+      box.append(Object.assign(make("input"), { placeholder: "Answer for the tool", ariaLabel: `Answer for ${call.function.name}` }));
+      this.calls.append(box);
+    }
+    this.toolCalls[place] = call;
+    this.calls.querySelectorAll(".call pre")[place].textContent = laidOut(call.function.arguments);
+  }
+
+  // A reply that doesn't end in calls has made none, whatever was begun.
+  dropCalls() {
+    this.toolCalls = [];
+    for (const box of this.calls.querySelectorAll(".call")) box.remove();
   }
 
   note(text) { this.calls.append(make("p", "quiet", text)); }
