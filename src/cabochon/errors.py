@@ -16,6 +16,17 @@
 Every message is one sentence for a person: what came, what was allowed, what to do.
 """
 
+import reprlib
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
+_SHOWN.maxlist = 8
+
+
+def brief(value: object) -> str:
+    """A stranger's value as messages show it: like `repr`, but cut where it gets long."""
+    return _SHOWN.repr(value)
+
 
 class CabochonError(Exception):
     """Root of every error that the package raises on purpose."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import brief
 from .strict_json import Section
 from .values import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 
@@ -33,7 +34,7 @@ def read_vision(section: Section) -> VisionConfig | UnifiedVisionConfig | None:
     part = section.child("vision_config")
     kind = part.text("model_type")
     if kind not in ("gemma4_vision", "gemma4_unified_vision"):
-        raise part.error("model_type", f"is {kind!r}; known are gemma4_vision and gemma4_unified_vision")
+        raise part.error("model_type", f"is {brief(kind)}; known are gemma4_vision and gemma4_unified_vision")
     read_dtype(part)
     return _vision_transformer(part, repeated) if kind == "gemma4_vision" else _vision_unified(part)
 
@@ -48,7 +49,7 @@ def _vision_transformer(part: Section, soft_tokens: int) -> VisionConfig:
     config = VisionConfig(
         hidden_size=part.count("hidden_size"),
         intermediate_size=part.count("intermediate_size"),
-        num_hidden_layers=part.count("num_hidden_layers"),
+        num_hidden_layers=part.count("num_hidden_layers", most=part.MOST_LAYERS),
         num_attention_heads=heads,
         head_dim=part.count("head_dim"),
         rms_norm_eps=part.number("rms_norm_eps"),
@@ -90,7 +91,7 @@ def read_audio(section: Section) -> AudioConfig | UnifiedAudioConfig | None:
     part = section.child("audio_config")
     kind = part.text("model_type")
     if kind not in ("gemma4_audio", "gemma4_unified_audio"):
-        raise part.error("model_type", f"is {kind!r}; known are gemma4_audio and gemma4_unified_audio")
+        raise part.error("model_type", f"is {brief(kind)}; known are gemma4_audio and gemma4_unified_audio")
     read_dtype(part)
     if kind == "gemma4_audio":
         return _audio_conformer(part)
@@ -109,7 +110,7 @@ def _audio_conformer(part: Section) -> AudioConfig:
         raise part.error("subsampling_conv_channels", f"is {list(channels)}; it must hold two numbers")
     config = AudioConfig(
         hidden_size=part.count("hidden_size"),
-        num_hidden_layers=part.count("num_hidden_layers"),
+        num_hidden_layers=part.count("num_hidden_layers", most=part.MOST_LAYERS),
         num_attention_heads=part.count("num_attention_heads"),
         attention_chunk_size=part.count("attention_chunk_size"),
         attention_context_left=part.count("attention_context_left"),

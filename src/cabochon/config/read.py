@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, brief
 from .media import IGNORED, read_audio, read_dtype, read_vision
 from .strict_json import Section, read_object
 from .values import (
@@ -113,7 +113,7 @@ def _refusal(name: str) -> str:
             f"model_type '{name}' writes text by block diffusion, which is not supported; take an autoregressive "
             "checkpoint of the same size, for example google/gemma-4-26B-A4B-it"
         )
-    return f"model_type {name!r} is not of this family; known are {known}"
+    return f"model_type {brief(name)} is not of this family; known are {known}"
 
 
 def _flat(section: Section, raw: Mapping[str, Any]) -> ModelConfig:
@@ -155,7 +155,9 @@ def _text(section: Section, *, drafter: bool = False) -> TextConfig:
     section.must("tie_word_embeddings", True)
     spans = section.text("use_bidirectional_attention", "")
     if spans not in ("", "vision"):
-        raise section.error("use_bidirectional_attention", f"is {spans!r}; a text generator has 'vision' or null here")
+        raise section.error(
+            "use_bidirectional_attention", f"is {brief(spans)}; a text generator has 'vision' or null here"
+        )
     ple_width = section.count("hidden_size_per_layer_input", 0, least=0)
     ple_vocab = section.count("vocab_size_per_layer_input", 0, least=0)
     if ple_width and not ple_vocab:
@@ -208,14 +210,14 @@ def _layers(section: Section, ple_width: int, drafter: bool) -> tuple[LayerSpec,
 
 def _kinds(section: Section) -> list[Kind]:
     """Sliding or global per layer; five to one when the file doesn't say."""
-    count = section.count("num_hidden_layers")
+    count = section.count("num_hidden_layers", most=section.MOST_LAYERS)
     names: dict[str, Kind] = {"sliding_attention": "sliding", "full_attention": "global"}
     default = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(count)]
     listed = section.take("layer_types", default)
     if not isinstance(listed, list) or len(listed) != count:
         raise section.error("layer_types", f"must list num_hidden_layers = {count} entries")
     if strange := [item for item in listed if not isinstance(item, str) or item not in names]:
-        raise section.error("layer_types", f"holds {strange[0]!r}; known are {' and '.join(names)}")
+        raise section.error("layer_types", f"holds {brief(strange[0])}; known are {' and '.join(names)}")
     if listed[-1] != "full_attention":
         raise section.error("layer_types", "ends with a sliding layer; the last layer of this family is full_attention")
     return [names[item] for item in listed]
@@ -239,7 +241,7 @@ def _heads(section: Section, kinds: list[Kind], k_eq_v: bool) -> list[tuple[int,
         if not key.isdecimal() or int(key) >= len(kinds):
             raise section.error(f"per_layer_config.{key}", f"is not a layer number below {len(kinds)}")
         if not isinstance(values, Mapping):
-            raise section.error(f"per_layer_config.{key}", f"is {values!r}; it must be an object")
+            raise section.error(f"per_layer_config.{key}", f"is {brief(values)}; it must be an object")
         here = Section(values, section.name(f"per_layer_config.{key}"), file=section.file, ignore=section.ignore)
         heads[int(key)] = here.count("head_dim", head_dim), here.count("num_key_value_heads", kv_heads)
         here.close()

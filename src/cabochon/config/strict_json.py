@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, brief
 
 
 class Section:
@@ -17,6 +17,9 @@ class Section:
 
     `ignore` holds full names of keys that the caller wants passed over.
     """
+
+    MOST_LAYERS = 1000
+    """A file is untrusted: each layer costs memory before the first look at the weights."""
 
     def __init__(
         self, values: Mapping[str, Any], where: str = "", *, file: str = "config.json", ignore: Collection[str] = ()
@@ -48,16 +51,18 @@ class Section:
             raise self.error(key, "is missing; take the file from the original checkpoint")
         return default
 
-    def count(self, key: str, default: Any = ..., *, least: int = 1) -> int:
+    def count(self, key: str, default: Any = ..., *, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(key, f"is {value!r}; it must be a whole number of at least {least}")
+            raise self.error(key, f"is {brief(value)}; it must be a whole number of at least {least}")
+        if value > most:
+            raise self.error(key, f"is {brief(value)}; {most} is the most")
         return value
 
     def number(self, key: str, default: Any = ...) -> float:
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(key, f"is {value!r}; it must be a number")
+            raise self.error(key, f"is {brief(value)}; it must be a number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -66,13 +71,13 @@ class Section:
     def flag(self, key: str, default: Any = ...) -> bool:
         value = self.take(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}; it must be true or false")
+            raise self.error(key, f"is {brief(value)}; it must be true or false")
         return value
 
     def text(self, key: str, default: Any = ...) -> str:
         value = self.take(key, default)
         if not isinstance(value, str):
-            raise self.error(key, f"is {value!r}; it must be a string")
+            raise self.error(key, f"is {brief(value)}; it must be a string")
         return value
 
     def ids(self, key: str) -> tuple[int, ...]:
@@ -80,7 +85,7 @@ class Section:
         value = self.take(key, [])
         listed = value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in listed):
-            raise self.error(key, f"is {value!r}; it must be a token id or a list of token ids")
+            raise self.error(key, f"is {brief(value)}; it must be a token id or a list of token ids")
         return tuple(listed)
 
     def one_id(self, key: str) -> int | None:
@@ -94,12 +99,12 @@ class Section:
         value = self.take(key, allowed[0])
         if value not in allowed or isinstance(value, bool) is not isinstance(allowed[0], bool):
             options = " or ".join(json.dumps(item) for item in allowed)
-            raise self.error(key, f"is {json.dumps(value)}; this network is built for {options} only")
+            raise self.error(key, f"is {json.dumps(value)[:80]}; this network is built for {options} only")
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         value = self.take(key, None)
         if value is not None and not isinstance(value, Mapping):
-            raise self.error(key, f"is {value!r}; it must be an object")
+            raise self.error(key, f"is {brief(value)}; it must be an object")
         return value
 
     def child(self, key: str) -> Section:

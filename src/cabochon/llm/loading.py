@@ -11,7 +11,7 @@ from ..chat.jinja import template_for, template_from
 from ..chat.template import ChatTemplate, Family
 from ..chat.tokenizer import Tokenizer
 from ..config import GenerationConfig, ModelConfig
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..formats import QUANTIZED
 from ..hub import BUNDLED, locate
 from ..model.gemma4 import Gemma4
@@ -94,8 +94,11 @@ def build(
     quantization: str | None = None,
 ) -> Gemma4:
     """The network of `config` with the weights of `source`."""
-    with torch.device("meta"):
-        network = Gemma4(config)
+    try:
+        with torch.device("meta"):
+            network = Gemma4(config)
+    except RuntimeError:  # no memory was asked for: a size does not fit into 63 bits
+        raise CheckpointError(f"{source.origin}: its config.json describes a network of impossible size.") from None
     convert = quantizer(quantization, panels=device.type == "cpu")
     rows_only = ("per_layer_embedding",) if device.type == "cuda" else ()  # half of E2B, of which a step reads 18 KB
     fill(network, source, config, dtype=dtype, device=device, convert=convert, progress=progress, keep_on_cpu=rows_only)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from . import own
 from .gguf import read_gguf
 from .gguf_model import config_of, stops_of, tokenizer_of
@@ -68,5 +68,11 @@ def _open_gguf(path: Path) -> Checkpoint:
         generation=GenerationConfig(eos=tuple(stops_of(file.metadata))),
         folder=None,
         tokenizer=tokenizer_of(file.metadata) if "tokenizer.ggml.tokens" in file.metadata else None,
-        template=file.metadata.get("tokenizer.chat_template"),
+        template=_template(file.metadata.get("tokenizer.chat_template")),
     )
+
+
+def _template(said: object) -> str | None:
+    if not isinstance(said, str | None):
+        raise CheckpointError(f"the GGUF file's tokenizer.chat_template is {brief(said)}; it must be a text.")
+    return said

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import ModelConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from .gguf import GGUFFile
 
 ARCHITECTURE = "gemma4"
@@ -25,23 +25,22 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     found = _Reader(file.metadata)
     if (architecture := found.take("general.architecture")) != ARCHITECTURE:
         raise CheckpointError(
-            f"this GGUF file holds a {architecture!r} model; {ARCHITECTURE!r} is what can be run here."
+            f"this GGUF file holds a {brief(architecture)} model; {ARCHITECTURE!r} is what can be run here."
         )
     sliding = found.take("attention.sliding_window_pattern")
     layers = found.take("block_count")
-    if not isinstance(sliding, list) or len(sliding) != layers:
+    if not isinstance(sliding, list) or len(sliding) != layers or not all(type(s) is bool for s in sliding):
         raise CheckpointError(
-            f"the GGUF file has {layers} layers, but its sliding_window_pattern does not list as many."
+            f"the GGUF file has {brief(layers)} layers, but its sliding_window_pattern does not list as many."
         )
-    kv_sliding, kv_global = _per_kind(found.take("attention.head_count_kv"), sliding, "attention.head_count_kv")
-    widths = found.take("feed_forward_length")
-    widths = widths if isinstance(widths, list) else [widths]
+    kv_sliding, kv_global = _per_kind(found.counts("attention.head_count_kv"), sliding, "attention.head_count_kv")
+    widths = found.counts("feed_forward_length")
     experts = found.take("expert_count", 0)
     ple = found.take("embedding_length_per_layer_input", 0)
     vocabulary = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
     text = {
         "model_type": "gemma4_text",
-        "vocab_size": vocabulary or len(found.take("tokenizer.ggml.tokens")),
+        "vocab_size": vocabulary or len(listed(file.metadata, "tokenizer.ggml.tokens", str)),
         "hidden_size": found.take("embedding_length"),
         "num_hidden_layers": layers,
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
@@ -57,16 +56,16 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "num_kv_shared_layers": found.take("attention.shared_kv_layers", 0),
         "hidden_size_per_layer_input": ple,
         "vocab_size_per_layer_input": vocabulary if ple else 0,
-        "rms_norm_eps": _decimal(found.take("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _decimal(found.number("attention.layer_norm_rms_epsilon")),
         "final_logit_softcapping": found.take("final_logit_softcapping", None),
         "max_position_embeddings": found.take("context_length"),
         "rope_parameters": {
             "full_attention": {
                 "rope_type": "proportional",
-                "rope_theta": _decimal(found.take("rope.freq_base")),
+                "rope_theta": _decimal(found.number("rope.freq_base")),
                 "partial_rotary_factor": _turning_share(file),
             },
-            "sliding_attention": {"rope_type": "default", "rope_theta": _decimal(found.take("rope.freq_base_swa"))},
+            "sliding_attention": {"rope_type": "default", "rope_theta": _decimal(found.number("rope.freq_base_swa"))},
         },
         "enable_moe_block": bool(experts),
         # The sizes with per-layer embeddings are causal everywhere; the others let image spans see themselves.
@@ -97,11 +96,33 @@ class _Reader:
             )
         return self.metadata.get(full, *default)
 
+    def number(self, key: str) -> float:
+        value = self.take(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"the GGUF file says {ARCHITECTURE}.{key} is {brief(value)}; it must be a number.")
+        return value
 
-def _per_kind(value: Any, sliding: Sequence[bool], key: str) -> tuple[int, int]:
+    def counts(self, key: str, *default: Any) -> list[int]:
+        """One count, or one per layer."""
+        value = self.take(key, *default)
+        listed = value if isinstance(value, list) else [value]
+        if not listed or not all(type(v) is int and 0 <= v < 2**31 for v in listed):
+            raise CheckpointError(f"the GGUF file says {ARCHITECTURE}.{key} is {brief(value)}; it must be a count.")
+        return listed
+
+
+def listed(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """The list of `kind` that `metadata` has under `key`; empty without one."""
+    value = metadata.get(key, [])
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise CheckpointError(f"the GGUF file's {key} is {brief(value)}; it must be a list of {kind.__name__}.")
+    return value
+
+
+def _per_kind(value: Sequence[int], sliding: Sequence[bool], key: str) -> tuple[int, int]:
     """(on sliding layers, on global layers) of a number that is stored once or per layer."""
-    if not isinstance(value, list):
-        return value, value
+    if len(value) == 1:
+        return value[0], value[0]
     kinds = [{v for v, s in zip(value, sliding, strict=False) if s is kind} for kind in (True, False)]
     if len(value) != len(sliding) or any(len(kind) != 1 for kind in kinds):
         raise CheckpointError(f"the GGUF file's {ARCHITECTURE}.{key} is not one value per kind of layer.")
@@ -128,19 +149,19 @@ def _decimal(value: float) -> float:
 
 
 def stops_of(metadata: Mapping[str, Any]) -> list[int]:
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    tokens = listed(metadata, "tokenizer.ggml.tokens", str)
     return [i for i, token in enumerate(tokens[:512]) if token in _STOPS] or [1]
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> str:
     """tokenizer.json for the vocabulary in the metadata (byte-fallback BPE over spaces written as U+2581)."""
-    try:
-        tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-        merges = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
-    except KeyError as missing:
-        raise CheckpointError(
-            f"the GGUF file holds no {missing.args[0]}; give a folder with tokenizer.json instead."
-        ) from None
+    for key in ("token_type", "merges"):
+        if f"tokenizer.ggml.{key}" not in metadata:
+            raise CheckpointError(
+                f"the GGUF file holds no tokenizer.ggml.{key}; give a folder with tokenizer.json instead."
+            )
+    tokens, kinds = listed(metadata, "tokenizer.ggml.tokens", str), listed(metadata, "tokenizer.ggml.token_type", int)
+    merges = [merge.split(" ") for merge in listed(metadata, "tokenizer.ggml.merges", str)]
     if any(len(pair) != 2 for pair in merges) or len(kinds) != len(tokens):
         raise CheckpointError("the GGUF file's vocabulary lists don't fit together; convert the model again.")
     added = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -108,5 +108,6 @@ def _entry(path: Path, name: str, item: Any, base: int) -> Entry:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes {name} wrongly ({error}); download it again") from error
     if not sound or (nbytes is not None and nbytes != end - begin):
-        raise CheckpointError(f"{path} describes {name} wrongly: {dtype} {list(shape)} in {end - begin} bytes")
+        kind = dtype if dtype in ITEM_BYTES else brief(dtype)
+        raise CheckpointError(f"{path} describes {name} wrongly: {kind} {brief(list(shape))} in {end - begin} bytes")
     return Entry(path, dtype, shape, base + begin, end - begin)

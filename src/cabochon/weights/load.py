@@ -149,7 +149,7 @@ def _match(source: Source, table: Iterable[Param], wanted: set[str]) -> list[tup
             plan.append((param, names[0]))
     unexpected = [name for name in shapes if name not in known]
     problems = [
-        f"{len(names)} {what}: {', '.join(names if what == 'of a wrong shape' else fold(names))}"
+        f"{len(names)} {what}: {_listed(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
         if names
     ]
@@ -159,6 +159,11 @@ def _match(source: Source, table: Iterable[Param], wanted: set[str]) -> list[tup
             "take both from the same checkpoint"
         )
     return plan
+
+
+def _listed(names: Iterable[str]) -> str:
+    folded = fold(names)
+    return ", ".join(folded[:20]) + (f" and {len(folded) - 20} more" if len(folded) > 20 else "")
 
 
 def fold(names: Iterable[str]) -> list[str]:

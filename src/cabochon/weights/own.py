@@ -11,14 +11,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..config import ModelConfig, to_json
-from ..errors import CheckpointError
-from ..formats import QUANTIZED
+from ..errors import CheckpointError, brief
+from ..formats import FORMATS, QUANTIZED
 from ..ops.packing import quantize
-from ..quant import QuantTensor
+from ..quant import GROUP, QuantTensor
 from .params import Param, Shape, parameters
 from .safetensors import SHARD_BYTES, SafetensorsSource, save
 
@@ -50,8 +49,10 @@ class OwnSource:
         self.format = (config.quantization or {}).get("format")
         if self.format not in QUANTIZED:
             known = ", ".join(QUANTIZED)
-            raise CheckpointError(f"{self.origin} is stored in the format {self.format!r}; known are {known}.")
+            raise CheckpointError(f"{self.origin} is stored in the format {brief(self.format)}; known are {known}.")
         self.logical = {p.hf: p.shape for p in parameters(config) if f"{p.hf}.codes" in stored.entries}
+        for name, shape in self.logical.items():
+            self._check(name, shape)
 
     def shapes(self) -> dict[str, Shape]:
         parts = {f"{name}.{part}" for name in self.logical for part in ("codes", "scales")}
@@ -67,7 +68,17 @@ class OwnSource:
             return self.stored.read(name)
         assert self.format is not None
         codes, scales = self.stored.read(f"{name}.codes"), self.stored.read(f"{name}.scales")
-        wanted = {"int8": torch.int8, "int4": torch.uint8}[self.format]
-        if codes.dtype != wanted or codes.shape[:-1] != scales.shape:
-            raise CheckpointError(f"{self.origin}: codes and scales of {name} don't fit together; write it again.")
         return QuantTensor(codes, scales, self.format, self.logical[name])
+
+    def _check(self, name: str, shape: Shape) -> None:
+        *rows, width = shape
+        groups = FORMATS[str(self.format)].groups(width)
+        wanted = {
+            "int8": (("I8", shape), ("F32", tuple(rows))),
+            "int4": (("U8", (*rows, groups, GROUP // 2)), ("F16", (*rows, groups))),
+        }[str(self.format)]
+        stored = (self.stored.entries.get(f"{name}.{part}") for part in ("codes", "scales"))
+        if tuple((entry.dtype, entry.shape) if entry else None for entry in stored) != wanted:
+            raise CheckpointError(
+                f"{self.origin}: codes and scales of {name} are no {self.format} of {list(shape)}; write it again."
+            )

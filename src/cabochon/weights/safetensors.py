@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from .header import INDEX, SINGLE, Entry, read_folder, read_header
 from .params import Shape
 
@@ -52,7 +52,9 @@ class SafetensorsSource:
         """The tensor `name` in its stored type, in memory of its own."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{entry.file} keeps {name} as {entry.dtype}; known types are {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{entry.file} keeps {name} as {brief(entry.dtype)}; known types are {', '.join(DTYPES)}"
+            )
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.begin)

@@ -107,7 +107,7 @@ class SchemeSource:
         marker = self.scheme.marker
         if marker == "weight_scale" and "weight_packed" in shapes:
             if "weight_shape" in shapes:
-                return tuple(self.stored.read(parts["weight_shape"]).tolist())
+                return self._noted_shape(name, parts["weight_shape"])
             return shapes["weight_packed"][0], 2 * shapes["weight_packed"][1]
         if marker == "qweight" and self.scheme.name == "GPTQ":
             return shapes["qweight"][1], *shapes.get("g_idx", (shapes["qweight"][0] * 8,))
@@ -116,3 +116,9 @@ class SchemeSource:
         if marker == "weight.absmax":
             return tuple(self.read(name).shape)
         return shapes.get("weight", ())
+
+    def _noted_shape(self, name: str, stored: str) -> Shape:
+        noted = self.stored.read(stored)
+        if noted.shape != (2,) or noted.is_floating_point() or bool((noted < 1).any()):
+            raise CheckpointError(f"{self.origin}: {stored} is not the shape of {name}; download it again.")
+        return tuple(noted.tolist())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 
 Fetch = Callable[[str], Tensor | None]
 """A stored tensor of one module by its suffix (`weight_packed`), or None."""
@@ -41,21 +41,32 @@ def scheme_of(settings: Mapping[str, Any]) -> Scheme:
     """The scheme that a `quantization_config` names. Raises CheckpointError when it is none of the known ones."""
     method = settings.get("quant_method")
     if method == "compressed-tensors":
-        groups = settings.get("config_groups") or {}
-        formats = {settings.get("format"), *(group.get("format") for group in groups.values())} - {None, "dense"}
-        if strange := sorted(map(str, formats - set(_COMPRESSED))):
-            raise CheckpointError(
-                f"the compressed-tensors format {strange[0]!r} can't be read; known are {', '.join(_COMPRESSED)}. "
-                "Take another repository."
-            )
+        for name in (settings.get("format"), *_group_formats(settings.get("config_groups"))):
+            if name not in (None, "dense", *_COMPRESSED):
+                raise CheckpointError(
+                    f"the compressed-tensors format {brief(name)} can't be read; known are {', '.join(_COMPRESSED)}. "
+                    "Take another repository."
+                )
     if method == "bitsandbytes":
         method = "bitsandbytes-8bit" if settings.get("load_in_8bit") else f"bitsandbytes-{_bnb_kind(settings)}"
     if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
-        raise CheckpointError(f"AWQ checkpoints in the {settings['version']!r} layout can't be read; 'gemm' ones can.")
+        raise CheckpointError(
+            f"AWQ checkpoints in the {brief(settings['version'])} layout can't be read; 'gemm' ones can."
+        )
     if not isinstance(method, str) or method not in SCHEMES:
         known = ", ".join(SCHEMES)
-        raise CheckpointError(f"the quantisation {method!r} can't be read; known are {known}. Take another repository.")
+        raise CheckpointError(
+            f"the quantisation {brief(method)} can't be read; known are {known}. Take another repository."
+        )
     return SCHEMES[method]
+
+
+def _group_formats(groups: Any) -> list[Any]:
+    if not isinstance(groups, Mapping | None) or not all(
+        isinstance(group, Mapping) for group in (groups or {}).values()
+    ):
+        raise CheckpointError("quantization_config.config_groups is no object of objects; download config.json again.")
+    return [group.get("format") for group in (groups or {}).values()]
 
 
 def _bnb_kind(settings: Mapping[str, Any]) -> str:
