@@ -1,14 +1,19 @@
 """Media on the command line: boxes out of answers into pictures, media options and chat commands."""
 
+import io
+import json
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from cabochon.chat.messages import Media, Text
-from cabochon.cli import inputs
+from cabochon.cli import inputs, main
 from cabochon.cli.draw import Box, boxes, draw, draw_answer
 from cabochon.cli.session import Session
 from cabochon.errors import InputError, MediaError
+from support.speaking import save_seeing
 
 ANSWER = """Here they are:
 ```json
@@ -78,3 +83,25 @@ def test_chat_commands_attach_media(tmp_path):
     ]
     with pytest.raises(InputError, match="needs a path or a URL"):
         session.command("/image")
+
+
+def test_boxes_from_a_models_answer(tmp_path, monkeypatch, capsys):
+    """`cabochon run --image --draw` from end to end; a schema makes noise answer in boxes."""
+    number = {"type": "integer", "minimum": 0, "maximum": 1000}
+    box = {"box_2d": {"type": "array", "items": number, "minItems": 4, "maxItems": 4}, "label": {"enum": ["cat"]}}
+    item = {"type": "object", "properties": box, "required": [*box], "additionalProperties": False}
+    schema, source, out = tmp_path / "boxes.json", tmp_path / "in.png", tmp_path / "out.png"
+    schema.write_text(json.dumps({"type": "array", "items": item, "minItems": 2, "maxItems": 2}))
+    Image.new("RGB", (400, 200), "white").save(source)
+    model = save_seeing(tmp_path / "noise")
+    words = ["run", model, "Where are the cats?", "--image", source, "--draw", out, "--schema", schema]
+    monkeypatch.setattr(sys, "argv", ["cabochon", *map(str, words), "--seed", "1", "--max-tokens", "400"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr()
+    assert not left.value.code, told.err
+    assert f"2 boxes are drawn into {out}." in told.err.replace("\n", " ")
+    drawn = np.asarray(Image.open(out))
+    wanted = np.asarray(draw(Image.new("RGB", (400, 200), "white"), boxes(told.out)))
+    assert drawn.shape == (200, 400, 3) and (drawn == wanted).all() and (drawn != 255).any()

@@ -11,22 +11,15 @@ import httpx
 import numpy as np
 import pytest
 
-from cabochon.chat.template import Template
-from cabochon.chat.tokenizer import Tokenizer
-from cabochon.config import GenerationConfig
 from cabochon.llm import AsyncLLM
-from cabochon.llm.loading import Loaded
 from cabochon.media.image import soft_tokens
 from cabochon.media.source import Policy
 from support.hostile_media import hostile_files, picture
 from support.hostile_server import hostile_server
 from support.media_files import movie, wav
-from support.published import needs_facts, path
+from support.speaking import save_seeing
 from support.stand import NAME, post, running
-from support.toys import toy_model
 
-pytestmark = needs_facts
-WIDTH = 262_144
 CAP = 560
 SOUND = wav((np.sin(np.arange(16_000) / 9) / 3).astype(np.float32))
 HOSTILE = hostile_files()
@@ -34,22 +27,10 @@ HOSTILE = hostile_files()
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory) -> Iterator[AsyncLLM]:
-    """Two layers and both towers under the published tokenizer."""
-    tokenizer = Tokenizer.from_file(path("tokenizer.json"))
-    network = toy_model(
-        "E2B",
-        media=True,
-        vocab_size=WIDTH,
-        vocab_size_per_layer_input=WIDTH,
-        num_hidden_layers=2,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"],
-    )
     folder = tmp_path_factory.mktemp("media")
     (folder / "picture.png").write_bytes(picture())
     policy = Policy(folder=folder, max_image_tokens=CAP, max_pixels=3_000_000, max_video_seconds=30, seconds=1)
-    loaded = Loaded(NAME, network, tokenizer, Template(tokenizer), GenerationConfig(eos=(1, 106, 50)))
-    llm = AsyncLLM.of(loaded, policy=policy, max_num_seqs=8, max_model_len=4096)
+    llm = AsyncLLM(save_seeing(folder / NAME), policy=policy, max_num_seqs=8, max_model_len=4096)
     yield llm
     llm.close()
 
@@ -91,6 +72,19 @@ def test_the_same_picture_at_every_budget_shows_in_usage(base):
             assert prompt_tokens(answer) == bare + count + 2
     for detail, budget in (("low", 70), ("high", CAP), ("auto", 280)):
         assert prompt_tokens(chat(base, image_part(data, detail=detail))) == bare + soft_tokens(480, 640, budget) + 2
+
+
+def test_the_smallest_and_the_largest_budget(tmp_path):
+    """The same picture at 70 and at 1120 tokens, on a server whose cap is the model's own."""
+    data = picture(size=(2000, 1500))
+    llm = AsyncLLM(save_seeing(tmp_path / NAME), max_model_len=4096)
+    with running(llm) as base:
+        bare = prompt_tokens(chat(base))
+        parts = {budget: {**image_part(data), "max_soft_tokens": budget} for budget in (70, 1120)}
+        seen = {budget: prompt_tokens(chat(base, part)) - bare - 2 for budget, part in parts.items()}
+    llm.close()
+    assert seen == {70: soft_tokens(1500, 2000, 70), 1120: soft_tokens(1500, 2000, 1120)}
+    assert seen == {70: 9 * 7, 1120: 38 * 28}  # cells of 48 pixels: 70 and 1120 of them allow 464 x 348 and 1855 x 1391
 
 
 def test_a_budget_above_the_cap_is_refused_with_its_number(base):
