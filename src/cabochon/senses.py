@@ -166,8 +166,8 @@ class Senses:
             _number(options, "fps", options.get("fps"), 1e-3, 1000.0),
             budget,
         )
-        limits = {"max_pixels": policy.max_pixels, "max_seconds": policy.max_video_seconds}
-        for frame in video.read_video(data, sampling, **limits):  # type: ignore[arg-type]
+        seconds = policy.max_video_seconds
+        for frame in video.read_video(data, sampling, max_pixels=policy.max_pixels, max_seconds=seconds):
             yield self._picture("video", frame.pixels, frame.stamp)
         if options.get("sound"):
             if "audio" not in self.kinds:

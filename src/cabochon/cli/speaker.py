@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -14,10 +13,12 @@ from .. import hub
 from ..chat.messages import Event, Message, Tool
 from ..errors import InputError
 from . import inputs
+from .choices import Choices
 from .screen import Screen
 
 if TYPE_CHECKING:
     from ..chat.grammar import Vocabulary
+    from ..chat.tokenizer import Tokenizer
     from ..engine.request import SamplingParams
     from ..llm import LLM
     from ..llm.front import ConstraintMaker
@@ -32,6 +33,7 @@ class Speaker:
     """One model and how it is sampled."""
 
     llm: LLM
+    tokenizer: Tokenizer
     params: SamplingParams | None = None
     _vocabulary: Vocabulary | None = None
 
@@ -54,22 +56,14 @@ class Speaker:
         from ..chat.grammar import Vocabulary
 
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.llm.tokenizer, self.llm.front.config.text.vocab_size)
+            self._vocabulary = Vocabulary(self.tokenizer, self.llm.front.config.text.vocab_size)
         words = self._vocabulary
         content = None if schema is None else words.json_schema(schema, strict=True, field="schema")
         call = words.call(tools)[0] if tools else None
-        return ReplyRules(self.llm.tokenizer, words, content=content, call=call, may_think=thinking).begin
+        return ReplyRules(self.tokenizer, words, content=content, call=call, may_think=thinking).begin
 
 
-def open_speaker(
-    screen: Screen,
-    model: str | None,
-    device: str,
-    dtype: str,
-    quantization: str | None,
-    max_model_len: int | None,
-    chat_template: Path | None,
-) -> Speaker:
+def open_speaker(screen: Screen, model: str | None, choices: Choices) -> Speaker:
     """Load a model as the planner says, with a bar on a terminal."""
     if model is not None and not model.startswith("random:"):
         hub.locate(model)  # a wrong name is told before torch is imported
@@ -79,35 +73,25 @@ def open_speaker(
 
     begin = prepare(
         model,
-        device,
-        dtype=dtype,
-        quantization=quantization or "auto",
-        max_model_len=max_model_len,
+        choices.device,
+        dtype=choices.dtype,
+        quantization=choices.quantization or "auto",
+        max_model_len=choices.max_model_len,
         engine={"max_num_seqs": SEATS},
     )
     if not inputs.piped():
         screen.plan(begin.summary())
     with _bar(screen, model or "pebble") as progress:
-        loaded = load(model, device, dtype, progress, begin.quantization)
-    if loaded.tokenizer is None:
+        loaded = load(model, choices.device, choices.dtype, progress, begin.quantization)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer.json, so it can't chat; it serves token ids only.")
-    if chat_template is not None:
+    if choices.chat_template is not None:
         from ..chat.jinja import template_for
 
-        loaded = replace(loaded, template=template_for(None, loaded.tokenizer, "small", chat_template))
+        loaded = replace(loaded, template=template_for(None, tokenizer, "small", choices.chat_template))
     room = {"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes}
-    return Speaker(LLM.of(loaded, max_model_len=begin.context, **room))
-
-
-def sampling(
-    temperature: float | None, top_p: float | None, top_k: int | None, max_tokens: int | None, seed: int | None
-) -> SamplingParams | None:
-    """None if nothing was asked for: then all is as the checkpoint says."""
-    if (temperature, top_p, top_k, max_tokens, seed) == (None,) * 5:
-        return None
-    from ..engine.request import SamplingParams
-
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+    return Speaker(LLM.of(loaded, max_model_len=begin.context, **room), tokenizer, choices.sampling())
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import typer
 from ..chat.messages import Message, Reply, Text, ToolCall
 from ..errors import CabochonError, InputError
 from . import inputs
+from .choices import Choices, with_choices
 from .draw import draw_answer
 from .screen import Screen, reply_as_json, spell_call
 from .session import Session
-from .speaker import Speaker, open_speaker, sampling
+from .speaker import Speaker, open_speaker
 
 BANNER = (
     "pebble, a small demonstration model made for this package, without Google's weights: "
@@ -24,39 +25,21 @@ BANNER = (
 Model = Annotated[str | None, typer.Argument(help="A folder, a repository or a short name; none: the bundled model.")]
 System = Annotated[str | None, typer.Option("--system", "-s", help="The system prompt.")]
 Tools = Annotated[Path | None, typer.Option(help="A JSON file with tool declarations.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
-Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Context in tokens; less needs less memory.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset: what the checkpoint says.")]
-TopP = Annotated[float | None, typer.Option()]
-TopK = Annotated[int | None, typer.Option()]
-MaxTokens = Annotated[int | None, typer.Option(help="End a reply after so many tokens.")]
-ChatTemplate = Annotated[Path | None, typer.Option(help="Render conversations through this Jinja file.")]
-Seed = Annotated[int | None, typer.Option(help="Draw the same reply again.")]
 
 
+@with_choices
 def chat(
     model: Model = None,
     system: System = None,
     tools: Tools = None,
     think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = None,
-    max_model_len: MaxModelLen = None,
-    chat_template: ChatTemplate = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
+    *,
+    choices: Choices,
 ) -> None:
     """Talk to a model. Lines may be piped in as well, one message each."""
     screen = Screen()
     session = Session(think, system, inputs.read_tools_file(tools) if tools else ())
-    speaker = open_speaker(screen, model, device, dtype, quantization, max_model_len, chat_template)
-    speaker.params = sampling(temperature, top_p, top_k, max_tokens, seed)
+    speaker = open_speaker(screen, model, choices)
     if model is None:
         screen.say(BANNER)
     if not inputs.piped():
@@ -74,6 +57,7 @@ def chat(
             _turn(speaker, session, screen, lines, line)
 
 
+@with_choices
 def run(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL] PROMPT", help="A single argument is the prompt.")
@@ -90,16 +74,8 @@ def run(
     system: System = None,
     tools: Tools = None,
     think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = None,
-    max_model_len: MaxModelLen = None,
-    chat_template: ChatTemplate = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
+    *,
+    choices: Choices,
 ) -> None:
     """Answer one prompt. Piped text is added to it; only the answer goes to stdout."""
     words = words or []
@@ -118,10 +94,7 @@ def run(
     offered = inputs.read_tools_file(tools) if tools else ()
     wanted = inputs.read_json(schema) if schema else None
     screen = Screen(quiet=True)
-    speaker = open_speaker(
-        screen, words[0] if len(words) == 2 else None, device, dtype, quantization, max_model_len, chat_template
-    )
-    speaker.params = sampling(temperature, top_p, top_k, max_tokens, seed)
+    speaker = open_speaker(screen, words[0] if len(words) == 2 else None, choices)
     events = speaker.events([*opening, Message("user", content)], offered, think, wanted)
     if as_json:
         reply = Reply.of(events)

@@ -11,46 +11,23 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from ..chat.messages import Conversation, Event, Prompt, Reply
-from ..config import ModelConfig
+from ..chat.messages import Conversation, Event, Reply
 from ..engine.request import Completion, SamplingParams, StepOutput
 from ..engine.stats import Gauges, Stats
 from ..errors import EngineError
+from .face import Face
 from .front import Ask, ConstraintMaker, Front, Tools
-from .loading import Loaded, load
 from .replies import Chunk, failure
 
 CLOSED = "The engine has been closed."
 
 
-class AsyncLLM:
+class AsyncLLM(Face):
     """The verbs of `LLM`, awaited. Arguments as there. Use it as an async context manager, or call `close`."""
-
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        max_model_len: int | None = None,
-        quantization: str | None = None,
-        **engine_options: Any,
-    ) -> None:
-        loaded = load(model, device, dtype, quantization=quantization)
-        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
-
-    @classmethod
-    def of(cls, loaded: Loaded, *, max_model_len: int | None = None, **engine_options: Any) -> AsyncLLM:
-        """An `AsyncLLM` around a network that is in memory already."""
-        self = cls.__new__(cls)
-        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
-        return self
 
     def _start(self, front: Front) -> None:
         self.front = front
@@ -62,24 +39,6 @@ class AsyncLLM:
         self._thread.start()
 
     @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.front.name
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.front.config
-
-    @property
-    def tokenizer(self) -> Any:
-        """None for a checkpoint that serves token ids only."""
-        return self.front.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        return self.front.max_model_len
-
-    @property
     def stats(self) -> Stats:
         """The engine's counters (being written to; read them, don't keep them)."""
         return self.front.engine.stats
@@ -87,17 +46,6 @@ class AsyncLLM:
     def gauges(self) -> Gauges:
         """What the engine holds at the moment."""
         return self.front.engine.gauges()
-
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: Tools | None = None,
-        thinking: bool | None = None,
-        preserve_thinking: bool = False,
-    ) -> Prompt:
-        """A conversation as token ids."""
-        return self.front.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
 
     # Verbs ------------------------------------------------------------------------------------------------------------
 
@@ -118,7 +66,7 @@ class AsyncLLM:
         for ask in asks:
             self.front.engine.validate(ask.request)
 
-        async def finish(ask: Ask) -> None:
+        async def finish(ask: Ask[Any]) -> None:
             async for _ in self._serve(ask):
                 pass
 
@@ -128,7 +76,7 @@ class AsyncLLM:
                     group.create_task(finish(ask))
         except BaseExceptionGroup as failed:  # the first failure ends them all and speaks for them
             raise failed.exceptions[0] from None
-        return [reply.completion() for ask in asks for reply in ask.replies]  # type: ignore[union-attr]
+        return [reply.completion() for ask in asks for reply in ask.replies]
 
     async def generate_stream(
         self,
@@ -195,7 +143,7 @@ class AsyncLLM:
 
     # The border -------------------------------------------------------------------------------------------------------
 
-    async def _serve(self, ask: Ask) -> AsyncGenerator[Chunk]:
+    async def _serve(self, ask: Ask[Any]) -> AsyncGenerator[Chunk]:
         engine, request = self.front.engine, ask.request
         engine.validate(request)
         queue: asyncio.Queue[StepOutput] = asyncio.Queue()
@@ -211,8 +159,8 @@ class AsyncLLM:
                     raise failure(output)
                 chunk = reply.push(output)
                 if chunk.finish_reason is not None and output.finish_reason is None:
-                    index = output.index  # a stop string: the engine does not know yet
-                    self._post(lambda index=index: engine.abort(request.id, index))  # type: ignore[misc]
+                    # A stop string: the engine does not know yet.
+                    self._post(partial(engine.abort, request.id, output.index))
                 yield chunk
         finally:
             del self._mail[request.id]

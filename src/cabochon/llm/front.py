@@ -6,15 +6,16 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from ..chat.messages import Conversation, ParserState, Prompt, Tool, read_messages
+from ..chat.messages import Conversation, Message, ParserState, Prompt, Text, Tool, read_messages
 from ..chat.tokenizer import Tokenizer
 from ..engine.engine import Engine
 from ..engine.options import EngineOptions
 from ..engine.request import Constraint, Request, SamplingParams, SoftSpan
 from ..errors import ContextError, InputError, RequestError
 from ..media.source import Policy
+from ..modelfile import Recipe
 from ..senses import Senses
 from .loading import Loaded
 from .replies import ChatReply, RawReply
@@ -29,12 +30,15 @@ LOOP_GUARD = 200
 """A chat reply ends when its last so many tokens are one short cycle."""
 
 
+AnyReply = TypeVar("AnyReply", ChatReply, RawReply)
+
+
 @dataclass(slots=True)
-class Ask:
+class Ask(Generic[AnyReply]):
     """A request and the readers of its n replies."""
 
     request: Request
-    replies: list[ChatReply] | list[RawReply]
+    replies: list[AnyReply]
 
     @property
     def over(self) -> bool:
@@ -62,6 +66,9 @@ class Front:
         self.tokenizer = loaded.tokenizer
         self.template = loaded.template
         self.generation = loaded.generation
+        self.recipe = loaded.recipe or Recipe(loaded.name)
+        if max_model_len is None and "num_ctx" in self.recipe.parameters:
+            max_model_len = int(self.recipe.parameters["num_ctx"])
         self.engine = Engine(
             loaded.model,
             EngineOptions(**engine_options),
@@ -92,13 +99,22 @@ class Front:
         """A conversation as token ids; media parts are still single placeholders."""
         if self.template is None:
             raise InputError(f"{self.name} has no tokenizer, so it can't chat; it serves token ids only.")
-        messages = read_messages(messages)
+        messages = self._opened(read_messages(messages))
         if {message.role for message in messages} - {"system", "developer"} == {"tool"}:
             # The published template leaves results without a call out, which here is all there is.
             raise RequestError(
                 "messages hold nothing but results of tools; a call must come before its result.", "messages"
             )
         return self.template.render(messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking)
+
+    def _opened(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """A conversation behind what the recipe says first; the caller's own system prompt replaces the recipe's."""
+        own = bool(messages) and messages[0].role in ("system", "developer")
+        system = messages[:1] if own else ()
+        if self.recipe.system is not None and not own:
+            system = (Message("system", (Text(self.recipe.system),)),)
+        said = (Message.of({"role": role, "content": text}) for role, text in self.recipe.messages)
+        return (*system, *said, *messages[own:])
 
     def chat(
         self,
@@ -111,7 +127,7 @@ class Front:
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
         media_options: Mapping[str, Any] | None = None,
-    ) -> Ask:
+    ) -> Ask[ChatReply]:
         """The request that answers a conversation. Fetching media may block.
 
         `media_options` are for parts that don't say themselves, before the front's own (see `senses.OPTIONS`).
@@ -152,7 +168,7 @@ class Front:
         special_tokens: bool = False,
         constraint: ConstraintMaker | None = None,
         priority: int = 0,
-    ) -> Ask:
+    ) -> Ask[RawReply]:
         """The request that continues a raw prompt: text (BOS is added unless present) or token ids as they are."""
         ids = self.encode(prompt, special_tokens) if isinstance(prompt, str) else [int(i) for i in prompt]
         params = self._settle(params, len(ids))
@@ -179,9 +195,10 @@ class Front:
 
     def _settle(self, params: SamplingParams | None, prompt: int) -> SamplingParams:
         """Fill in what the caller left to the checkpoint, and to the room there is."""
-        defaults = self.generation
+        defaults, recipe = self.generation, self.recipe
         if params is None:
             params = SamplingParams(min_p=defaults.min_p, repetition_penalty=defaults.repetition_penalty)
+        wish, seed = int(recipe.parameters.get("num_predict", -1)), recipe.parameters.get("seed")
         room = self.engine.room(prompt)
         if params.max_tokens is None and room < 1:
             raise ContextError(
@@ -194,7 +211,9 @@ class Front:
             temperature=defaults.temperature if params.temperature is None else params.temperature,
             top_p=defaults.top_p if params.top_p is None else params.top_p,
             top_k=defaults.top_k if params.top_k is None else params.top_k,
-            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            max_tokens=params.max_tokens or (min(wish, room) if wish > 0 else room),
+            stop=params.stop or recipe.stop,
+            seed=int(seed) if params.seed is None and seed is not None else params.seed,
         )
 
     def _text_tools(self) -> tuple[Tokenizer, Senses]:

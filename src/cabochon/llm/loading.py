@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..errors import CheckpointError, InputError
 from ..formats import QUANTIZED
 from ..hub import BUNDLED, locate
 from ..model.gemma4 import Gemma4
+from ..modelfile import Recipe, made
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import Progress, Source, fill, quantizer
 from ..weights.random import is_random, open_random
@@ -31,6 +32,8 @@ class Loaded:
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    recipe: Recipe | None = None
+    """What `cabochon create` put on top of the checkpoint."""
 
     @property
     def config(self) -> ModelConfig:
@@ -58,7 +61,18 @@ def load(
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
-    return Loaded(name, network, tokenizer, template, found.generation)
+    recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
+    if recipe is None:
+        return Loaded(name, network, tokenizer, template, found.generation)
+    return Loaded(str(model), network, tokenizer, template, _settled(found.generation, recipe), recipe)
+
+
+def _settled(said: GenerationConfig, recipe: Recipe) -> GenerationConfig:
+    """The checkpoint's sampling with the recipe's on top."""
+    ours = {"repeat_penalty": "repetition_penalty"}
+    known = {field.name for field in fields(GenerationConfig)}
+    wanted = {ours.get(name, name): value for name, value in recipe.parameters.items()}
+    return replace(said, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[arg-type]
 
 
 def _open(model: str | Path | None) -> tuple[Checkpoint, str]:
@@ -117,8 +131,10 @@ def pick_device(device: str) -> torch.device:
 
 def pick_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for `auto`: the type that the checkpoint was saved in."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, but must be auto or one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,58 +12,21 @@ import torch
 from ..chat.messages import Conversation, Event, Reply
 from ..engine.request import Completion, Request, SamplingParams, StepOutput
 from ..errors import InputError
+from .face import Face
 from .front import Ask, ConstraintMaker, Front, Tools
-from .loading import Loaded, load
 from .replies import Chunk, failure
 
 
-class LLM:
-    """A model to generate and chat with.
-
-    Args:
-        model: a folder, a GGUF file, a repository in the Hugging Face cache, a short name like `E2B`, or
-            `random:E2B?layers=4&seed=1` for calm random weights; None for the bundled demonstration model.
-        device: `auto`, `cpu`, `cuda`, `mps`.
-        dtype: `auto` (as the checkpoint was saved), `bfloat16`, `float32`, ...
-        max_model_len: context in tokens, prompt and reply together; None: as much as the model has and fits.
-        quantization: int8 or int4 rounds the matrices while they are loaded; None leaves them as they are stored.
-        engine_options: see `engine.options.EngineOptions`.
+class LLM(Face):
+    """A model to generate and chat with; arguments as `Face` has them.
 
     Several threads may use one `LLM`; their requests are batched.
     """
-
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        max_model_len: int | None = None,
-        quantization: str | None = None,
-        **engine_options: Any,
-    ) -> None:
-        loaded = load(model, device, dtype, quantization=quantization)
-        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
-
-    @classmethod
-    def of(cls, loaded: Loaded, *, max_model_len: int | None = None, **engine_options: Any) -> LLM:
-        """An `LLM` around a network that is in memory already, for example one that is being trained."""
-        self = cls.__new__(cls)
-        self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
-        return self
 
     def _start(self, front: Front) -> None:
         self.front = front
         self._lock = threading.Lock()
         self._mail: dict[str, deque[StepOutput]] = {}
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.front.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        return self.front.max_model_len
 
     # Verbs ------------------------------------------------------------------------------------------------------------
 
@@ -87,7 +49,7 @@ class LLM:
         asks = [front.raw(p, params, special_tokens=special_tokens, constraint=constraint) for p in prompts]
         for _ in self._serve(asks):
             pass
-        return [reply.completion() for ask in asks for reply in ask.replies]  # type: ignore[union-attr]
+        return [reply.completion() for ask in asks for reply in ask.replies]
 
     def chat(
         self,
@@ -152,7 +114,7 @@ class LLM:
 
     # Work -------------------------------------------------------------------------------------------------------------
 
-    def _serve(self, asks: list[Ask]) -> Iterator[Chunk]:
+    def _serve(self, asks: Sequence[Ask[Any]]) -> Iterator[Chunk]:
         """Run requests to their ends; whatever is not over when the caller turns away is aborted."""
         engine = self.front.engine
         for ask in asks:
@@ -175,7 +137,7 @@ class LLM:
                     engine.abort(ask.request.id)
                     del self._mail[ask.request.id]
 
-    def _read(self, ask: Ask, output: StepOutput) -> Iterator[Chunk]:
+    def _read(self, ask: Ask[Any], output: StepOutput) -> Iterator[Chunk]:
         reply = ask.replies[output.index]
         if reply.over:
             return

@@ -94,7 +94,7 @@ def structured(request: wire.StructuredOutputs | None) -> Shape | None:
             "structured_outputs",
         )
     kind, value = given.popitem()
-    return Shape(kind, value, field=f"structured_outputs.{'json' if kind == 'json_schema' else kind}")  # type: ignore[arg-type]
+    return Shape(kind, value, field=f"structured_outputs.{'json' if kind == 'json_schema' else kind}")  # type: ignore[arg-type]  # the keys above
 
 
 def thinking(
