@@ -139,3 +139,11 @@ def test_blend(tokens, width, dtype):
     x, taps, weight = (torch.randn(n, width).to(dtype) for n in (tokens, 5, 1))
     agree("blend", dtype, x, taps, weight[0], 1e-6, torch.inf)
     agree("blend", dtype, x, taps, weight[0], 1e-6, 0.5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "width", "channels"), [(1, 1, 16), (7, 10, 48), (30, 128, 128)])
+def test_halve(rows, width, channels, dtype):
+    x, kernel, weight = torch.randn(1, 1, rows, width), torch.randn(channels, 1, 3, 3), torch.randn(channels)
+    got = agree("halve", dtype, x.to(dtype), kernel.to(dtype), weight.to(dtype), 1e-6)
+    assert got.is_contiguous(memory_format=torch.channels_last)

@@ -33,8 +33,7 @@ class Halving(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, inputs, A, frequencies] -> [1, outputs, A / 2, frequencies / 2], both rounded up."""
-        out: Tensor = self.norm(self.conv(x).permute(0, 2, 3, 1))
-        return out.relu().permute(0, 3, 1, 2)
+        return ops.halve(x, self.conv.weight, self.norm.weight, self.norm.eps)
 
 
 class Subsampling(nn.Module):
@@ -50,8 +49,7 @@ class Subsampling(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         """[frames, 128] -> [A, W]."""
         x = self.layer1(self.layer0(mel[None, None].to(self.layer0.conv.weight.dtype)))
-        out: Tensor = self.input_proj_linear(x[0].permute(1, 2, 0).flatten(1))
-        return out
+        return ops.clipped_linear(x[0].permute(1, 2, 0).flatten(1), self.input_proj_linear.weight, None)
 
 
 class Attention(nn.Module):

@@ -40,8 +40,8 @@ class PatchEmbedder(nn.Module):
         """`pixels` [B, I, 3 * side^2] uint8, columns `x` and rows `y` [I] -> [B, I, W]."""
         table = self.position_embedding_table
         scaled = 2.0 * (pixels.to(torch.promote_types(table.dtype, torch.float32)) / 255.0 - 0.5)
-        out: Tensor = self.input_proj(scaled.to(table.dtype)) + (table[0][x] + table[1][y])
-        return out
+        seen = ops.clipped_linear(scaled.to(table.dtype), self.input_proj.weight, None)
+        return seen + (table[0][x] + table[1][y])
 
 
 class Attention(nn.Module):

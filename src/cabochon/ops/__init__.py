@@ -16,7 +16,7 @@ from torch import Tensor
 from . import cpu, gpu, reference
 from .reference import Weight
 from .reference_towers import Clip
-from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, settle, turn
+from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, halve, settle, turn
 from .views import Pages, Past, Rows, ScaledPages
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "embed",
     "experts",
     "gated_mlp",
+    "halve",
     "head",
     "largest",
     "linear",

@@ -144,6 +144,9 @@ def blend(
     y: int,
     /,
 ) -> None: ...
+def halve(
+    x: int, taps: int, weight: int, y: int, dtype: int, eps: float, rows: int, width: int, channels: int, /
+) -> None: ...
 def largest(x: int, count: int, width: int, stride: int, k: int, values: int, places: int, /) -> None: ...
 def quantize(
     x: int,

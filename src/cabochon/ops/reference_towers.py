@@ -97,3 +97,13 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
     for i, tap in enumerate(taps):
         y += padded[i : i + len(x)].to(wide) * tap.to(wide)
     return F.silu(reference.rms_norm(y.clamp(-bound, bound).to(x.dtype), weight, eps))
+
+
+def halve(x: Tensor, kernel: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """A 3 x 3 convolution with stride 2, norm over channels (mean and variance), ReLU.
+
+    `x` [1, inputs, A, F], `kernel` [outputs, inputs, 3, 3] -> [1, outputs, A / 2, F / 2], both rounded up; the numbers
+    of one place lie together in memory.
+    """
+    y = F.conv2d(x, kernel, stride=2, padding=1).permute(0, 2, 3, 1)
+    return F.layer_norm(y, weight.shape, weight, eps=eps).relu().permute(0, 3, 1, 2)

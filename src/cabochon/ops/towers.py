@@ -186,3 +186,25 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
         y.data_ptr(),
     )
     return y
+
+
+def halve(x: Tensor, kernel: Tensor, weight: Tensor, eps: float) -> Tensor:
+    outputs, inputs = kernel.shape[:2]
+    ours = inputs == 1 and outputs % 16 == 0 and x.dtype == kernel.dtype == weight.dtype
+    if not (ours and cpu.ready(x)):
+        return reference.halve(x, kernel, weight, eps)
+    x, kernel = x.contiguous(), kernel.contiguous()
+    rows, width = x.shape[2:]
+    y = x.new_empty(1, -(-rows // 2), -(-width // 2), outputs)
+    _cpu.halve(
+        x.data_ptr(),
+        kernel.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        DTYPES[x.dtype],
+        eps,
+        rows,
+        width,
+        outputs,
+    )
+    return y.permute(0, 3, 1, 2)

@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr long SPAN = 128, QUERIES = 24;
+constexpr long SPAN = 128, QUERIES = 24;  // multiples of any tile below
+constexpr long GROUPED = 4 * QUERIES;
 
 // Where AVX-512 has an instruction for it: the larger of two numbers, neither of which is a NaN that matters.
 INLINE F16 peak(F16 a, F16 b) {
@@ -17,6 +18,15 @@ INLINE F16 peak(F16 a, F16 b) {
     return a;
 #else
     return larger(a, b);
+#endif
+}
+
+// Is any of them larger?
+INLINE bool exceeds(F16 v, float top) {
+#if CABOCHON_AVX512
+    return _mm512_cmp_ps_mask((__m512)v.part[0], _mm512_set1_ps(top), _CMP_GT_OQ);
+#else
+    return maximum(v) > top;
 #endif
 }
 
@@ -45,6 +55,39 @@ INLINE F16 decay(F16 v, float top) {
     }
 #endif
     return exponential(v - top);
+}
+
+#if CABOCHON_AVX512
+constexpr int HIGH = 6, WIDE = 4;  // sums in registers: rows, and registers of columns
+#elif CABOCHON_AVX2
+constexpr int HIGH = 2, WIDE = 2;
+#else
+constexpr int HIGH = 1, WIDE = 4;
+#endif
+constexpr long STREAM = WIDE * LANES;  // keys that lie together
+
+// out[r][..] (+)= left[r][..] . right, R rows by C registers. (Unrolled by hand: GCC would keep the sums in memory.)
+template <bool Pairs, int R, int C>
+void square(const uint32_t* left, long left_stride, const uint32_t* right, long right_stride, long inner, float* out,
+            long out_stride, bool onto) {
+    F16 acc[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) acc[r][c] = onto ? get(out + r * out_stride + c * LANES) : zero();
+    for (long k = 0; k < inner; ++k) {
+        F16 b[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) b[c] = load<F16>(right + k * right_stride + c * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) acc[r][c] = step<Pairs>(acc[r][c], left[r * left_stride + k], b[c]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) put(out + r * out_stride + c * LANES, acc[r][c]);
 }
 
 template <class T>
@@ -80,7 +123,7 @@ struct Mutual {
                     square[lane] = j + lane < count ? words(row(op.k, batch, head, from + j + lane), i) : U16::of(0);
                 uint32_t columns[LANES * LANES];
                 transpose(square, columns, LANES);
-                for (long w = 0; w < least(LANES, inner - i); ++w) memcpy(keys + (i + w) * SPAN + j, columns + w * LANES, 64);
+                for (long w = 0; w < least(LANES, inner - i); ++w) memcpy(keys + j / STREAM * STREAM * inner + (i + w) * STREAM + j % STREAM, columns + w * LANES, 64);
             }
         const auto value = [&](long j, long i) {
             return j < count ? as<U16>(get(row(op.v, batch, head, from + j) + i, op.head - i)) : U16::of(0);
@@ -100,7 +143,8 @@ struct Mutual {
                 v[i] = select(splat(int32_t(count)) > load<I16>(counted) + int32_t(i * LANES), v[i], splat(-1e30f));
             best = peak(v[i], best);
         }
-        if (const float now = maximum(best); now > top) {
+        if (exceeds(best, top)) {
+            const float now = maximum(best);
             const F16 keep = exponential(splat(top - now));
             for (long i = 0; i < lanes; i += LANES) put(acc + i, get(acc + i) * keep);
             weight = weight * keep;
@@ -116,16 +160,29 @@ struct Mutual {
         }
     }
 
-    void tile(long batch, long head, long first, const uint32_t* packed) const {
-        const long rows = least(QUERIES, op.count - first);
-        auto* queries = static_cast<uint32_t*>(scratch(ATTENTION, 4 * QUERIES * (inner + SPAN + width + lanes)));
-        auto* scores = reinterpret_cast<float*>(queries + QUERIES * inner);
+    // acc += weights . values
+    void mix(const uint32_t* weights, const uint32_t* values, float* acc) const {
+        const auto some = [&]<int R, int C>(long i) {
+            for (long r = 0; r < QUERIES; r += R)
+                square<pairs, R, C>(weights + r * width, width, values + i, lanes, width, acc + r * lanes + i, lanes, true);
+        };
+        long i = 0;
+        if (PARTS == 1 && lanes == 5 * LANES) return some.template operator()<4, 5>(0);  // heads of 72
+        for (; i + WIDE * LANES <= lanes; i += WIDE * LANES) some.template operator()<HIGH, WIDE>(i);
+        for (; i < lanes; i += LANES) some.template operator()<HIGH, 1>(i);
+    }
+
+    // Some queries of one head, over one block of its keys after another: all of them while the block is near.
+    void group(long batch, long head, long first, const uint32_t* packed) const {
+        const long count = least(GROUPED, op.count - first);
+        auto* queries = static_cast<uint32_t*>(scratch(ATTENTION, 4 * (GROUPED * (inner + lanes) + QUERIES * (SPAN + width))));
+        auto* acc = reinterpret_cast<float*>(queries + GROUPED * inner);
+        auto* scores = acc + GROUPED * lanes;
         auto* weights = reinterpret_cast<uint32_t*>(scores + QUERIES * SPAN);
-        auto* acc = reinterpret_cast<float*>(weights + QUERIES * width);
-        float top[QUERIES];
-        F16 weight[QUERIES];
-        memset(acc, 0, 4 * QUERIES * lanes);
-        for (long r = 0; r < rows; ++r) {
+        float top[GROUPED];
+        F16 weight[GROUPED];
+        memset(queries, 0, 4 * (GROUPED * (inner + lanes) + QUERIES * (SPAN + width)));
+        for (long r = 0; r < count; ++r) {
             top[r] = -__builtin_inff(), weight[r] = zero();
             for (long i = 0; i < inner; i += LANES) {
                 uint32_t some[LANES];
@@ -133,17 +190,19 @@ struct Mutual {
                 memcpy(queries + r * inner + i, some, 4 * least(LANES, inner - i));
             }
         }
-        for (long block = 0; block < blocks; ++block) {
-            const uint32_t *keys = packed + block * (inner * SPAN + width * lanes), *values = keys + inner * SPAN;
-            multiply<pairs>(rows, SPAN, queries, inner, keys, SPAN, inner, scores, SPAN, false);
-            for (long r = 0; r < rows; ++r)
-                weigh(scores + r * SPAN, weights + r * width, op.count - block * SPAN, acc + r * lanes, top[r], weight[r]);
-            if (PARTS == 1 && lanes == 5 * LANES)  // heads of 72: five registers wide leaves four rows
-                multiply<pairs, 4, 5>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
-            else
-                multiply<pairs>(rows, lanes, weights, width, values, lanes, width, acc, lanes, true);
-        }
-        for (long r = 0; r < rows; ++r) {
+        for (long block = 0; block < blocks; ++block)
+            for (long at = 0; at < count; at += QUERIES) {
+                const uint32_t *keys = packed + block * (inner * SPAN + width * lanes), *values = keys + inner * SPAN;
+                for (long j = 0; j < SPAN; j += STREAM)
+                    for (long r = 0; r < QUERIES; r += HIGH)
+                        square<pairs, HIGH, WIDE>(queries + (at + r) * inner, inner, keys + j * inner, STREAM, inner,
+                                                  scores + r * SPAN + j, SPAN, false);
+                for (long r = 0; r < least(QUERIES, count - at); ++r)
+                    weigh(scores + r * SPAN, weights + r * width, op.count - block * SPAN, acc + (at + r) * lanes, top[at + r],
+                          weight[at + r]);
+                mix(weights, values, acc + at * lanes);
+            }
+        for (long r = 0; r < count; ++r) {
             T* to = const_cast<T*>(row(op.out, batch, head, first + r));
             const F16 share = splat(1.0f / sum(weight[r]));
             for (long i = 0; i < op.head; i += LANES) put(to + i, get(acc + r * lanes + i) * share, op.head - i);
@@ -151,12 +210,12 @@ struct Mutual {
     }
 
     void run() const {
-        const long size = inner * SPAN + width * lanes, tiles = (op.count + QUERIES - 1) / QUERIES;
+        const long size = inner * SPAN + width * lanes, groups = (op.count + GROUPED - 1) / GROUPED;
         auto* packed = static_cast<uint32_t*>(scratch(HIDDEN, 4 * blocks * size));
         for (long batch = 0; batch < op.batch; ++batch)
             for (long head = 0; head < op.heads; ++head) {
                 parallel(blocks, [&](long b) { pack(batch, head, b, packed + b * size, packed + b * size + inner * SPAN); });
-                parallel(tiles, [&](long t) { tile(batch, head, t * QUERIES, packed); });
+                parallel(groups, [&](long g) { group(batch, head, g * GROUPED, packed); });
             }
     }
 };

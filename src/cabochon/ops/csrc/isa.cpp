@@ -9,5 +9,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend, halve};
 }  // namespace cabochon

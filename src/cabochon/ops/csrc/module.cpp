@@ -267,6 +267,11 @@ void blend(Address x, int dtype, long count, long width, long stride, Address ta
     call(active->blend, op, double(count) * width * tap_count);
 }
 
+void halve(Address x, Address taps, Address weight, Address y, int dtype, float eps, long rows, long width, long channels) {
+    const Halve op{at(x), at(taps), at(weight), reinterpret_cast<void*>(y), Dtype(dtype), eps, rows, width, channels};
+    call(active->halve, op, double(rows) * width * channels);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -293,6 +298,7 @@ NB_MODULE(_cpu, m) {
     m.def("turn", turn);
     m.def("recent", recent);
     m.def("blend", blend);
+    m.def("halve", halve);
     m.def("largest", largest);
     m.def("quantize", quantize);
     m.def("pack", pack);

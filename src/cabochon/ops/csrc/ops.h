@@ -180,6 +180,14 @@ struct Layer {
     Attend attend;          // q and out are filled in; the layer writes the rows of `step` that it owns
 };
 
+struct Halve {
+    const void *x, *taps, *weight;  // [rows, width], [channels, 9], [channels]
+    void* y;                        // [rows / 2, width / 2, channels], both rounded up
+    Dtype dtype;
+    float eps;
+    long rows, width, channels;  // channels in sixteens
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -199,6 +207,7 @@ struct Ops {
     void (*turn)(const Turn&);
     void (*recent)(const Recent&);
     void (*blend)(const Blend&);
+    void (*halve)(const Halve&);
 };
 
 // One table per instruction set; `supported` is asked before a table is used.

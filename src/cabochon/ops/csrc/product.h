@@ -108,22 +108,27 @@ struct Tower {
 
     void tile(const uint32_t* left, const uint32_t* strip, long from, float* sums, long row, long rows, long output) const {
         F16 acc[UPRIGHT][2];
+#pragma GCC unroll 12  // else GCC keeps the sums in memory
         for (int r = 0; r < UPRIGHT; ++r)
             for (int c = 0; c < 2; ++c) acc[r][c] = from ? get(sums + r * STRIP + c * LANES) : zero();
         const long until = least(from + depth, inner);
         for (long k = from; k < until; ++k) {
+            __builtin_prefetch(left + (k + 24) * UPRIGHT);  // the strip's own stream is found by the CPU
             const F16 low = load<F16>(strip + k * STRIP), high = load<F16>(strip + k * STRIP + LANES);
+#pragma GCC unroll 12
             for (int r = 0; r < UPRIGHT; ++r) {
                 acc[r][0] = step<pairs>(acc[r][0], left[k * UPRIGHT + r], low);
                 acc[r][1] = step<pairs>(acc[r][1], left[k * UPRIGHT + r], high);
             }
         }
         if (until < inner) {
+#pragma GCC unroll 12
             for (int r = 0; r < UPRIGHT; ++r)
                 for (int c = 0; c < 2; ++c) put(sums + r * STRIP + c * LANES, acc[r][c]);
             return;
         }
         auto* to = static_cast<Bf16*>(op.y.data) + row * op.y.stride + output;
+#pragma GCC unroll 12
         for (int r = 0; r < UPRIGHT; ++r)
             if (r < rows) finish(op, to + r * op.y.stride, acc[r][0], acc[r][1], op.y.width - output);
     }
