@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from . import variants
+from . import modelfile, variants
 from .errors import AccessError, CheckpointError, InputError, NetworkError, UnknownModelError
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def locate(model: str | Path | None = None) -> Path:
     """The folder (or file) of a checkpoint that is on this machine already.
 
     Args:
-        model: a folder or a file; a name as `parse` reads it of something in the Hugging Face cache; None for the
-            bundled checkpoint.
+        model: a folder or a file; a name that `cabochon create` made, or one as `parse` reads it of something in the
+            Hugging Face cache; None for the bundled checkpoint.
 
     Raises:
         UnknownModelError: nothing of that name is here; the message says how to get it.
@@ -61,6 +61,8 @@ def locate(model: str | Path | None = None) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
+    if isinstance(model, str) and (recipe := modelfile.made(model)) is not None:
+        return locate(recipe.base)
     if isinstance(model, Path) or _is_path(model):
         raise UnknownModelError(f"There is no file or folder {model}.")
     repo, revision, file = parse(model)

@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import CabochonError
-from . import bench, catalogue, doctor, look, plan, quantize, serve, talk, verify
+from . import bench, catalogue, create, doctor, look, plan, quantize, serve, talk, verify
 from .eval import eval_models
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ for command in (
     *(talk.chat, talk.run),
     *(catalogue.models, catalogue.pull, catalogue.list_models, catalogue.show, catalogue.rm),
     *(look.tokenize, verify.verify),
-    *(quantize.quantize, quantize.inspect),
+    *(quantize.quantize, quantize.inspect, create.create),
     *(plan.plan, doctor.doctor),
     eval_models,
 ):

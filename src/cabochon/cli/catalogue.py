@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from .. import hub, variants
+from .. import hub, modelfile, variants
 from ..errors import InputError
 from . import inputs
 
@@ -55,6 +55,9 @@ def list_models() -> None:
     for found in hub.cached():
         state = "complete" if found.complete else "partial: pull again"
         table.add_row(found.repo, found.revision[:8], _gigabytes(found.size), state)
+    for name in modelfile.names():
+        recipe = modelfile.made(name)
+        table.add_row(name, "", "", f"made from {recipe.base}" if recipe else "gone")
     table.add_row("pebble (bundled)", "", _gigabytes(sum(f.stat().st_size for f in hub.BUNDLED.iterdir())), "complete")
     _console().print(table)
 
@@ -66,6 +69,9 @@ def show(
     from ..chat.jinja import describe_template
     from ..config import read_config
 
+    if model is not None and (recipe := modelfile.made(model)) is not None:
+        _show_recipe(recipe)
+        return
     folder = hub.locate(model)
     if not folder.is_dir():
         raise InputError(f"{folder} is a single file; show reads checkpoint folders.")
@@ -89,15 +95,32 @@ def show(
     _console().print(table)
 
 
+def _show_recipe(recipe: modelfile.Recipe) -> None:
+    """What `create` was told; LICENSE texts by their first lines."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("made from", recipe.base)
+    rows = [("system", recipe.system)] if recipe.system else []
+    rows += [(name, f"{value:g}") for name, value in recipe.parameters.items()]
+    rows += [("stop", text) for text in recipe.stop] + list(recipe.messages)
+    rows += [("license", text.strip().partition("\n")[0]) for text in recipe.licenses]
+    for name, value in rows:
+        table.add_row(name, value)
+    _console().print(table)
+
+
 def rm(
     model: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
 ) -> None:
-    """Delete a model from the Hugging Face cache."""
+    """Delete a model from the Hugging Face cache, or what `create` made."""
     if not yes:
         if inputs.piped():
             raise InputError(f"rm would delete {model}; confirm with --yes.")
-        typer.confirm(f"Delete {model} from the cache?", abort=True)
+        typer.confirm(f"Delete {model}?", abort=True)
+    if modelfile.made(model) is not None:
+        modelfile.forget(model)
+        print(f"{model} is forgotten; its base stays")
+        return
     print(f"{_gigabytes(hub.remove(model))} freed")
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from .. import hub
+from .. import hub, modelfile
 from ..config import ModelConfig
 from ..errors import InputError
 from ..formats import QUANTIZED
@@ -28,6 +28,9 @@ def prepare(
         InputError: it can't fit; the message has the numbers and what would help.
     """
     config, name = _config(model)
+    recipe = modelfile.made(model) if model is not None else None
+    if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
+        max_model_len = int(recipe.parameters["num_ctx"])
     wishes = engine or {}
     stored = config.quantization or {}
     if quantization == "auto" and stored.get("quant_method") == "cabochon":
