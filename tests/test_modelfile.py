@@ -1,4 +1,4 @@
-"""Modelfiles: read strictly, kept under a name, and that name is a model for the library, the commands and the server."""
+"""Modelfiles: read strictly, kept under a name, and the name is a model for library, commands and server."""
 
 import json
 import subprocess
