@@ -9,7 +9,6 @@ it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,39 +87,41 @@ def _sample(loaded: Loaded, tokens: int | None) -> list[int]:
 
 
 def _run_ours(loaded: Loaded, ids: list[int]) -> tuple[list[Tensor], Tensor]:
+    import torch
+
     from ..llm import LLM
 
-    text = loaded.model.language_model
     llm = LLM.of(loaded, max_model_len=len(ids) + 1)
-    seen = _Watch([*(layer.input_layernorm for layer in text.layers), text.norm])
-    logits = llm.logits(ids)
-    return seen.rows(), logits
+    logits = llm.logits(ids)  # before the watch, which has the layers run op by op
+    seen = _watch(loaded.model.language_model)
+    llm.logits(ids)
+    return [torch.cat(rows) for rows in seen], logits
 
 
 def _run_theirs(reference: nn.Module, ids: list[int]) -> tuple[list[Tensor], Tensor]:
     import torch
 
-    text: Any = reference.get_submodule("model.language_model")
-    seen = _Watch([*(layer.input_layernorm for layer in text.layers), text.norm])
+    seen = _watch(reference.get_submodule("model.language_model"))
     logits: Tensor = reference(torch.tensor([ids])).logits[0].float()
-    return seen.rows(), logits
+    return [torch.cat(rows) for rows in seen], logits
 
 
-class _Watch:
-    """Notes what goes into some modules, over as many steps as a run takes."""
+def _watch(text: Any) -> list[list[Tensor]]:
+    """Lists that will hold what goes into every layer's first norm and into the last norm.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._rows: list[list[Tensor]] = []
-        for module in modules:
-            rows: list[Tensor] = []
-            self._rows.append(rows)
-            module.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0].flatten(0, -2).float()))
+    The norms are put into boxes: a layer that runs as one call of the kernels would pass a hook by, but takes care not
+    to know such modules.
+    """
+    from torch import nn
 
-    def rows(self) -> list[Tensor]:
-        """Per module [T, D]."""
-        import torch
-
-        return [torch.cat(rows) for rows in self._rows]
+    seen: list[list[Tensor]] = []
+    for holder, name in [*((layer, "input_layernorm") for layer in text.layers), (text, "norm")]:
+        rows: list[Tensor] = []
+        seen.append(rows)
+        box = nn.Sequential(getattr(holder, name))
+        box.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0].flatten(0, -2).float()))
+        setattr(holder, name, box)
+    return seen
 
 
 def _report(folder: Path, tokens: int, worst: dict[str, float], same: float, as_json: bool) -> None:
