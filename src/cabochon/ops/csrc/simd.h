@@ -265,6 +265,22 @@ INLINE void put(T* to, F16 v, long n) {
     put(some, v);
     memcpy(to, some, n * sizeof(T));
 }
+#if CABOCHON_AVX512
+INLINE F16 get(const float* from, long n) {
+    F16 v;
+    v.part[0] = (F16::Part)_mm512_maskz_loadu_ps(n >= LANES ? 0xffff : (1u << n) - 1, from);
+    return v;
+}
+INLINE F16 get(const Bf16* from, long n) {
+    U16 v;
+    v.part[0] = (U16::Part)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(n >= LANES ? 0xffff : (1u << n) - 1, from));
+    return widen(v);
+}
+INLINE void put(float* to, F16 v, long n) { _mm512_mask_storeu_ps(to, n >= LANES ? 0xffff : (1u << n) - 1, (__m512)v.part[0]); }
+INLINE void put(Bf16* to, F16 v, long n) {
+    _mm512_mask_cvtepi32_storeu_epi16(to, n >= LANES ? 0xffff : (1u << n) - 1, (__m512i)narrow(v).part[0]);
+}
+#endif
 
 INLINE F16 get_half(const void* from) {
     F16 r;
