@@ -21,7 +21,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cabochon.chat.messages import Event, Message, Reply, Text, Tool
+from cabochon.chat.events import Event, Reply
+from cabochon.chat.messages import Message, Text, Tool
 from cabochon.config import read_config
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import RequestError

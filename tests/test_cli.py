@@ -16,18 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cabochon.chat.messages import (
-    Finish,
-    Media,
-    Message,
-    Reply,
-    Text,
-    TextDelta,
-    ThinkingDelta,
-    ToolCall,
-    ToolCallDelta,
-    Warned,
-)
+from cabochon.chat.events import Finish, Reply, TextDelta, ThinkingDelta, ToolCallDelta, Warned
+from cabochon.chat.messages import Media, Message, Text, ToolCall
 from cabochon.cli import inputs, main, talk, verify
 from cabochon.cli.screen import Screen
 from cabochon.cli.session import Session

@@ -11,8 +11,9 @@ import torch
 from jsonschema import Draft202012Validator
 
 from cabochon.chat.constraint import ReplyConstraint, ReplyRules
+from cabochon.chat.events import Reply
 from cabochon.chat.grammar import Grammar, Vocabulary
-from cabochon.chat.messages import Reply, Tool
+from cabochon.chat.messages import Tool
 from cabochon.chat.parser import Parser
 from cabochon.errors import RequestError
 from support.schemas import Schemas

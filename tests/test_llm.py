@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from cabochon import LLM, AsyncLLM, SamplingParams
-from cabochon.chat.messages import Finish, TextDelta
+from cabochon.chat.events import Finish, TextDelta
 from cabochon.errors import ContextError, EngineError, InputError, RequestError
 from cabochon.llm.loading import Loaded, load
 from cabochon.llm.replies import StopStrings

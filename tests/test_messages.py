@@ -4,22 +4,8 @@ import json
 
 import pytest
 
-from cabochon.chat.messages import (
-    Finish,
-    Media,
-    Message,
-    Reply,
-    Text,
-    TextDelta,
-    ThinkingDelta,
-    Tool,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
-    Warned,
-    read_messages,
-    read_tools,
-)
+from cabochon.chat.events import Finish, Reply, TextDelta, ThinkingDelta, ToolCallDelta, Usage, Warned
+from cabochon.chat.messages import Media, Message, Text, Tool, ToolCall, read_messages, read_tools
 from cabochon.errors import RequestError
 from support.conversations import Inventor
 

@@ -8,17 +8,8 @@ from dataclasses import replace
 import pytest
 
 from cabochon.chat.callsyntax import Writer, write_call
-from cabochon.chat.messages import (
-    ArgumentsDelta,
-    Finish,
-    Message,
-    Reply,
-    TextDelta,
-    ThinkingDelta,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
-)
+from cabochon.chat.events import ArgumentsDelta, Finish, Reply, TextDelta, ThinkingDelta, ToolCallDelta, Usage
+from cabochon.chat.messages import Message, ToolCall
 from cabochon.chat.parser import Parser, random_call_id
 from cabochon.chat.template import Template
 from support.conversations import NAMES, PIECES, Inventor

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cabochon import evaluate
-from cabochon.chat.messages import Reply, ToolCall
+from cabochon.chat.events import Reply
+from cabochon.chat.messages import ToolCall
 from cabochon.chat.template import Template
 from cabochon.chat.tokenizer import Tokenizer
 from cabochon.cli import app
@@ -149,6 +150,22 @@ def test_comparisons():
     call = ToolCall("f", {"x": 1})
     assert right["calls"](Reply("", tool_calls=(call,)), [{"name": "f", "arguments": {"x": 1}}])
     assert not right["calls"](Reply("", tool_calls=(call, call)), [{"name": "f", "arguments": {"x": 1}}])
+
+
+def test_half_right():
+    assert [evaluate.edits(a, "K7XP") for a in ("K7XP", "", "K7X", "KXP", "7KXP", "K7XPP")] == [0, 4, 1, 1, 2, 1]
+    assert evaluate.COMPARE["characters"](Reply("K7X"), "K7XP") == 0.75
+    assert evaluate.COMPARE["characters"](Reply("nothing of it at all"), "K7XP") == 0
+
+
+def test_boxes():
+    assert evaluate.overlap([0, 0, 10, 10], [0, 5, 10, 15]) == pytest.approx(1 / 3)
+    assert evaluate.overlap([0, 0, 0, 0], [0, 0, 0, 0]) == 0
+    right, wanted = evaluate.COMPARE["box"], [{"box_2d": [0, 0, 10, 10], "label": "ring"}]
+    assert right(Reply('[{"box_2d":[1,1,10,10]}]'), wanted)
+    assert not right(Reply('[{"box_2d":[6,6,16,16]}]'), wanted)
+    for reply in ("", "{", "[3]", '[{"box_2d":[1,1,10]}]', '[{"box_2d":["a",1,10,2]}]', '[{"box_2d":4}]'):
+        assert not right(Reply(reply), wanted)
 
 
 def test_guessing():

@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat.messages import Event, Message, Reply
+    from .chat.events import Event, Reply
+    from .chat.messages import Message
     from .engine.request import Completion, SamplingParams
     from .llm import LLM, AsyncLLM
 

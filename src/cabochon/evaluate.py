@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .chat.messages import Media, Message, Reply, read_messages
+from .chat.events import Reply
+from .chat.messages import Media, Message, read_messages
 from .engine.request import SamplingParams
 from .errors import ContextError, InputError, RequestError
 from .hub import BUNDLED

@@ -16,18 +16,8 @@ from typing import Literal
 
 from .callstream import ArgumentsStream
 from .callsyntax import MalformedCallError, read_call
-from .messages import (
-    ArgumentsDelta,
-    Event,
-    Finish,
-    FinishReason,
-    ParserState,
-    TextDelta,
-    ThinkingDelta,
-    ToolCallDelta,
-    Usage,
-    Warned,
-)
+from .events import ArgumentsDelta, Event, Finish, FinishReason, TextDelta, ThinkingDelta, ToolCallDelta, Usage, Warned
+from .messages import ParserState
 from .tokenizer import Tokenizer
 
 _HEADING = "thought\n"

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.style import Style
 
-from ..chat.messages import Event, Reply, TextDelta, ThinkingDelta, ToolCall, ToolCallDelta, Warned
+from ..chat.events import Event, Reply, TextDelta, ThinkingDelta, ToolCallDelta, Warned
+from ..chat.messages import ToolCall
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

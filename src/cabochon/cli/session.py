@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..chat.messages import Message, Part, Reply, Text, Tool, read_messages, read_tools
+from ..chat.events import Reply
+from ..chat.messages import Message, Part, Text, Tool, read_messages, read_tools
 from ..errors import InputError
 from . import inputs
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from .. import hub
-from ..chat.messages import Event, Message, Tool
+from ..chat.events import Event
+from ..chat.messages import Message, Tool
 from ..errors import InputError
 from . import inputs
 from .choices import Choices

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..chat.messages import Message, Reply, Text, ToolCall
+from ..chat.events import Reply
+from ..chat.messages import Message, Text, ToolCall
 from ..errors import CabochonError, InputError
 from . import inputs
 from .choices import Choices, with_choices

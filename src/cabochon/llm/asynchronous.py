@@ -15,7 +15,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ..chat.messages import Conversation, Event, Reply
+from ..chat.events import Event, Reply
+from ..chat.messages import Conversation
 from ..engine.request import Completion, SamplingParams, StepOutput
 from ..engine.stats import Gauges, Stats
 from ..errors import EngineError

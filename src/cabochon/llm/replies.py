@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..chat.messages import Event, Finish, FinishReason, ParserState, TextDelta
+from ..chat.events import Event, Finish, FinishReason, TextDelta
+from ..chat.messages import ParserState
 from ..chat.parser import Parser
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import Completion, EngineFinish, StepOutput, TokenLogprob

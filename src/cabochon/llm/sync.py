@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..chat.messages import Conversation, Event, Reply
+from ..chat.events import Event, Reply
+from ..chat.messages import Conversation
 from ..engine.request import Completion, Request, SamplingParams, StepOutput
 from ..errors import InputError
 from .face import Face

@@ -9,18 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..chat.messages import (
-    ArgumentsDelta,
-    Event,
-    Finish,
-    Message,
-    TextDelta,
-    ThinkingDelta,
-    Tool,
-    ToolCallDelta,
-    Usage,
-    Warned,
-)
+from ..chat.events import ArgumentsDelta, Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, Usage, Warned
+from ..chat.messages import Message, Tool
 from ..engine.request import SamplingParams
 from ..errors import RequestError
 from . import wire

@@ -12,19 +12,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..chat.messages import (
-    ArgumentsDelta,
-    Event,
-    Finish,
-    Message,
-    Reply,
-    TextDelta,
-    ThinkingDelta,
-    Tool,
-    ToolCall,
-    Usage,
-    Warned,
-)
+from ..chat.events import ArgumentsDelta, Event, Finish, Reply, TextDelta, ThinkingDelta, Usage, Warned
+from ..chat.messages import Message, Tool, ToolCall
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import TokenLogprob
 from ..errors import RequestError

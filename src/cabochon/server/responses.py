@@ -9,18 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..chat.messages import (
-    ArgumentsDelta,
-    Event,
-    Finish,
-    Message,
-    TextDelta,
-    ThinkingDelta,
-    Tool,
-    ToolCallDelta,
-    Usage,
-    Warned,
-)
+from ..chat.events import ArgumentsDelta, Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, Usage, Warned
+from ..chat.messages import Message, Tool
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import SamplingParams, TokenLogprob
 from ..errors import RequestError

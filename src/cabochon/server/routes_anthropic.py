@@ -8,7 +8,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..chat.messages import Event, Usage
+from ..chat.events import Event, Usage
 from ..engine.request import SamplingParams
 from ..errors import CabochonError
 from ..llm import Chunk

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..chat.messages import Event, Finish, Reply, Usage
+from ..chat.events import Event, Finish, Reply, Usage
 from ..engine.request import SamplingParams, TokenLogprob
 from ..errors import CabochonError, RequestError
 from ..llm import Chunk

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from starlette.responses import PlainTextResponse, Response
 
-from ..chat.messages import Finish, TextDelta, Usage
+from ..chat.events import Finish, TextDelta, Usage
 from . import speech
 from .answers import Json, request_id
 from .service import Service

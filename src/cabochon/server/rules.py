@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..chat.constraint import ReplyRules
+from ..chat.events import Event, Finish, TextDelta, ToolCallDelta, Warned
 from ..chat.grammar import Grammar, Vocabulary
-from ..chat.messages import Event, Finish, TextDelta, Tool, ToolCallDelta, Warned
+from ..chat.messages import Tool
 from ..chat.schema import violations
 from ..chat.tokenizer import Tokenizer
 from .ask import Ask, Shape

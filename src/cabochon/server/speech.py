@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat.messages import Media, Message, Text, Usage
+from ..chat.events import Usage
+from ..chat.messages import Media, Message, Text
 from ..engine.request import SamplingParams
 from ..errors import RequestError
 from ..media import audio
