@@ -165,7 +165,11 @@ def test_three_calls_of_one_tool_stream_with_their_own_indices(base: str) -> Non
 
 
 def test_arguments_stream_as_they_are_written(base: str) -> None:
-    text = {"type": "object", "properties": {"text": {"type": "string", "minLength": 30}}, "required": ["text"]}
+    text = {
+        "type": "object",
+        "properties": {"text": {"type": "string", "minLength": 30, "maxLength": 60}},
+        "required": ["text"],
+    }
     tool = {"type": "function", "function": {"name": "say", "parameters": text}}
     asked = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 600}
     whole = flat(chat(base, **asked))
