@@ -227,6 +227,11 @@ void pack(Address codes, Address scales, long count, long width, int format, Add
     call(active->pack, op, double(count) * width);
 }
 
+uint64_t read_memory(Address data, long bytes) {
+    nb::gil_scoped_release release;
+    return read_through(reinterpret_cast<const void*>(data), bytes);
+}
+
 void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
 const void* at(Address a) { return reinterpret_cast<const void*>(a); }
@@ -303,4 +308,5 @@ NB_MODULE(_cpu, m) {
     m.def("quantize", quantize);
     m.def("pack", pack);
     m.def("huge_pages", huge_pages);
+    m.def("read", read_memory);
 }

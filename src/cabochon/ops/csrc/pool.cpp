@@ -138,4 +138,22 @@ void prefer_huge_pages(void* data, size_t bytes) {
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
+uint64_t read_through(const void* data, size_t bytes) {
+    constexpr size_t chunk = 1 << 18, line = 64, ahead = 6144;
+    std::atomic<uint64_t> total{0};
+    parallel(bytes / chunk, [&](long item) {
+        const char* from = static_cast<const char*>(data) + item * chunk;
+        uint64_t sums[4] = {};
+        for (size_t at = 0; at < chunk; at += 4 * line)
+            for (int i = 0; i < 4; ++i) {
+                uint64_t word;
+                __builtin_memcpy(&word, from + at + i * line, sizeof word);
+                __builtin_prefetch(from + at + i * line + ahead);
+                sums[i] += word;
+            }
+        total += sums[0] + sums[1] + sums[2] + sums[3];
+    });
+    return total;
+}
+
 }  // namespace cabochon

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace cabochon {
 
@@ -14,6 +15,9 @@ void* scratch(int slot, size_t bytes);
 
 // Asks for 2 MiB pages in memory that nobody has written yet; a walk through it then misses fewer translations.
 void prefer_huge_pages(void* data, size_t bytes);
+
+// Reads a word of every cache line on all threads: how long that takes is the least that a step over so many bytes takes.
+uint64_t read_through(const void* data, size_t bytes);
 
 void run_items(long items, void (*work)(void* context, long item), void* context);
 
