@@ -13,14 +13,17 @@ from typing import Any
 import httpx
 import pytest
 
+from cabochon.chat.tokenizer import Tokenizer
 from cabochon.engine.stats import Histogram
+from cabochon.hub import BUNDLED
 from support.serving import serving
 from support.stand import bundled_llm, running, settled
 
 CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "What is 3 + 4? "}], "stream": True, "ignore_eos": True}
-LOOSE = {"temperature": 2, "top_k": 0, "top_p": 1}
-"""Or the model ends its turn and then writes what nobody sees."""
+QUESTION = {"messages": [{"role": "user", "content": "What is 3 + 4? "}], "stream": True}
+BARRED = {str(token): -100 for token in Tokenizer.from_file(BUNDLED).control}
+LOOSE = {"temperature": 2, "top_k": 0, "top_p": 1, "logit_bias": BARRED}
+"""Without control tokens every token is text that a client sees come, and no reply ends before its length."""
 
 
 @dataclass
