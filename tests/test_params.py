@@ -80,3 +80,15 @@ def test_only_matrices_of_the_text_network_may_be_quantised():
     rows = parameters(read_config(find("E4B").config()))
     assert all(len(p.shape) > 1 and p.part not in ("vision", "audio") for p in rows if p.quantize)
     assert sum(p.count for p in rows if p.quantize) > 0.9 * sum(p.count for p in rows)
+
+
+@needs_facts
+@pytest.mark.parametrize("size", ["E2B", "E4B", "12B", "26B-A4B", "31B"])
+def test_a_drafters_file_is_as_large_as_its_published_list_makes_it(size):
+    """Only E2B's file was ever weighed; for the others the published names, shapes and types say what it must weigh."""
+    variant = find(f"{size}-assistant")
+    listed = json.loads(published(f"weights/{variant.name}.safetensors_names_shapes.json").read_text())
+    rows = [p for p in parameters(read_config(variant.config()), unused=True) if p.name != "lm_head.weight"]
+    ours = file_bytes((p.hf, "I64" if p.integer else "BF16", p.shape) for p in rows)
+    assert ours == file_bytes((name, dtype, tuple(shape)) for name, (shape, dtype) in listed.items())
+    assert sum(p.count for p in rows) == find(size).size.drafter
