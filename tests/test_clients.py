@@ -233,7 +233,8 @@ def test_anthropic_tool_loop(claude: anthropic.Anthropic) -> None:
 
 def test_anthropic_errors(base: str, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.content"):
-        claude.messages.create(model=MODEL, max_tokens=5, messages=[{"role": "user", "content": 3}])  # type: ignore[typeddict-item]
+        wrong: Any = [{"role": "user", "content": 3}]
+        claude.messages.create(model=MODEL, max_tokens=5, messages=wrong)
     with anthropic.Anthropic(base_url=base, api_key="guess") as stranger, pytest.raises(anthropic.AuthenticationError):
         stranger.messages.create(model=MODEL, max_tokens=5, messages=SUM)
 

@@ -15,8 +15,9 @@ from ..errors import CabochonError, RequestError
 from ..llm import Chunk
 from . import wire
 from .answers import Json, new_id, now, request_id
-from .faults import openai_error
-from .responses import ResponseWriter, input_items, read_input, read_response
+from .faults import sentence
+from .response_writer import ResponseWriter
+from .responses import input_items, read_input, read_response
 from .service import Service
 from .sse import EventStream, named_event, unless_gone
 from .store import ResponseStore, Stored
@@ -130,4 +131,5 @@ async def _stream(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> Asyn
 
 
 def _fault(error: CabochonError) -> dict[str, Any]:
-    return {"code": "server_error", "message": openai_error(error)["error"]["message"]}
+    code = "invalid_prompt" if error.status < 500 else "server_error"
+    return {"code": code, "message": sentence(error)}

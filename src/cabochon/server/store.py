@@ -10,7 +10,7 @@ from typing import Any
 
 from ..chat.messages import Message
 from ..errors import RequestError, UnknownModelError
-from .responses import ResponseWriter
+from .response_writer import ResponseWriter
 
 
 @dataclass(slots=True)
