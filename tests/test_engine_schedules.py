@@ -114,7 +114,6 @@ class Visit:
     keep_end: bool
     follows: int
     """So many tokens of the reply to its stem are part of the prompt: the next turn of a conversation."""
-
     look: int | None
     """Which pictures and sounds it brings; None: none."""
     alike: str
