@@ -5,15 +5,18 @@ import json
 import pytest
 import torch
 
+from cabochon.chat.tokenizer import Tokenizer
 from cabochon.config import read_config
 from cabochon.errors import CheckpointError, InputError
+from cabochon.hub import BUNDLED
 from cabochon.llm.loading import build
 from cabochon.model.batch import whole_sequences
 from cabochon.quant import QuantTensor, dequantize
 from cabochon.weights.checkpoint import open_checkpoint
-from cabochon.weights.gguf import read_gguf
+from cabochon.weights.gguf import read_gguf, write_gguf
+from cabochon.weights.gguf_blocks import BY_NAME
 from cabochon.weights.gguf_model import config_of, tokenizer_of
-from cabochon.weights.gguf_write import save_gguf
+from cabochon.weights.gguf_write import save_gguf, save_towers
 from cabochon.weights.params import parameters
 from support.toys import random_ids, toy_model
 from support.words import small_tokenizer
@@ -94,10 +97,46 @@ def test_other_architectures_are_named(tmp_path):
     (tmp_path / "t.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match="'llama4' model"):
         open_checkpoint(tmp_path / "t.gguf")
+    row = [("a", (2,), BY_NAME["F32"], lambda: torch.zeros(2))]
+    for architecture, sentence in (("gemma4-assistant", "holds a drafter"), ("clip", "eyes and ears only")):
+        write_gguf(tmp_path / "t.gguf", {"general.architecture": architecture}, row)
+        with pytest.raises(CheckpointError, match=sentence):
+            open_checkpoint(tmp_path / "t.gguf")
 
 
 def test_a_folder_with_two_models_asks_which(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=r"a\.gguf, b\.gguf"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "31B"])
+def test_eyes_and_ears_lie_beside(tmp_path, size):
+    words = Tokenizer.from_file(BUNDLED)
+    text = {"vocab_size": len(words)} | ({"vocab_size_per_layer_input": len(words)} if size == "E2B" else {})
+    model = toy_model(size, media=True, **text)
+    weights = model.state_dict()
+    spelling = (BUNDLED / "tokenizer.json").read_text()
+    save_gguf(tmp_path / "toy.gguf", model.config, weights.__getitem__, "bf16", tokenizer_json=spelling)
+    assert open_checkpoint(tmp_path).config.vision is None
+    save_towers(tmp_path / "mmproj-toy.gguf", model.config, weights.__getitem__)
+    opened = open_checkpoint(tmp_path)
+    assert (opened.config.vision, opened.config.audio) == (model.config.vision, model.config.audio)
+    assert opened.config.tokens.image == words.image
+    again = build(opened.config, opened.source, torch.device("cpu"), torch.float32).state_dict()
+    assert again.keys() == weights.keys()
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=2**-8, atol=1e-6, msg=name)
+
+
+def test_other_towers_are_named_and_those_of_other_models_left_alone(tmp_path):
+    f32 = BY_NAME["F32"]
+    write(tmp_path / "toy.gguf", "31B", "bf16")
+    towers = {"general.architecture": "clip", "clip.vision.projector_type": "gemma3", "clip.vision.projection_dim": 9}
+    row = [("mm.input_projection.weight", (2, 2), f32, lambda: torch.zeros(2, 2))]
+    write_gguf(tmp_path / "mmproj-a.gguf", towers, row)
+    assert open_checkpoint(tmp_path).config.vision is None
+    write_gguf(tmp_path / "mmproj-b.gguf", towers | {"clip.vision.projection_dim": 64}, row)
+    with pytest.raises(CheckpointError, match="holds a 'gemma3' tower"):
         open_checkpoint(tmp_path)

@@ -14,7 +14,8 @@ from cabochon.hub import BUNDLED
 from cabochon.llm.loading import build
 from cabochon.model.batch import whole_sequences
 from cabochon.weights.checkpoint import open_checkpoint
-from cabochon.weights.gguf_write import save_gguf
+from cabochon.weights.gguf import read_gguf
+from cabochon.weights.gguf_write import save_gguf, save_towers
 from support.toys import random_ids, save_toy, toy_model
 
 SOURCES, BUILT = os.environ.get("CABOCHON_LLAMA_CPP"), os.environ.get("CABOCHON_LLAMA_CPP_BUILD")
@@ -98,6 +99,35 @@ def test_their_files_run_here(tmp_path, size):
         kl = distance(ours(path, ids), theirs(path, ids))
         print(f"{size} {kind}: KL to llama.cpp {kl:.1e}")
         assert kl < 10 * ROUNDING
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "31B"])
+def test_their_towers_and_ours_are_the_same(tmp_path, size):
+    """The converter's mmproj file gives back the checkpoint, and ours has its names, shapes and values."""
+    folder = save_toy(tmp_path / "hf", size, media=True, **shape(size))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUNDLED / name).read_bytes())
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    converter = Path(SOURCES) / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+    run(sys.executable, converter, folder, "--mmproj", "--outtype", "f32", "--outfile", tmp_path / "mmproj-theirs.gguf")
+    whole = open_checkpoint(folder)
+    exact = build(whole.config, whole.source, torch.device("cpu"), torch.float32).state_dict()
+    words = (BUNDLED / "tokenizer.json").read_text()
+    save_gguf(tmp_path / "text.gguf", whole.config, exact.__getitem__, "bf16", tokenizer_json=words)
+    pair = open_checkpoint(tmp_path / "text.gguf")
+    assert (pair.config.vision, pair.config.audio) == (whole.config.vision, whole.config.audio)
+    read = build(pair.config, pair.source, torch.device("cpu"), torch.float32).state_dict()
+    towers = [name for name in exact if not name.startswith("language_model.")]
+    for name in towers:
+        torch.testing.assert_close(read[name], exact[name], rtol=1e-6, atol=1e-6, msg=name)
+    save_towers(tmp_path / "ours.gguf", whole.config, exact.__getitem__)
+    theirs, ours = (read_gguf(tmp_path / name) for name in ("mmproj-theirs.gguf", "ours.gguf"))
+    assert {n: t.shape for n, t in ours.tensors.items()} == {n: t.shape for n, t in theirs.tensors.items()}
+    for name, tensor in ours.tensors.items():
+        torch.testing.assert_close(tensor.dequantize(), theirs.tensors[name].dequantize(), rtol=2**-8, atol=1e-6)
+    said = {k: v for k, v in theirs.metadata.items() if k.startswith("clip.")}
+    assert {k: ours.metadata.get(k) for k in said} == said
+    print(f"{size}: {len(theirs.tensors)} tensors")
 
 
 def run(*command):

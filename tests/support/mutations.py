@@ -31,7 +31,7 @@ from cabochon.weights.compressed import save_compressed
 from cabochon.weights.convert import write
 from cabochon.weights.gguf import read_gguf, write_gguf
 from cabochon.weights.gguf_blocks import BY_NAME
-from cabochon.weights.gguf_write import save_gguf
+from cabochon.weights.gguf_write import save_gguf, save_towers
 from cabochon.weights.load import save
 from cabochon.weights.params import parameters
 from support.toys import save_toy, toy_model
@@ -68,10 +68,11 @@ def own(folder: Path) -> Path:
 
 
 def gguf(folder: Path) -> Path:
-    model = toy_model("31B", vocab_size=len(Tokenizer.from_file(BUNDLED)))
+    model = toy_model("31B", media=True, vocab_size=len(Tokenizer.from_file(BUNDLED)))
     folder.mkdir()
-    words = (BUNDLED / "tokenizer.json").read_text()
-    save_gguf(folder / "toy.gguf", model.config, model.state_dict().__getitem__, "q8_0", tokenizer_json=words)
+    words, weight = (BUNDLED / "tokenizer.json").read_text(), model.state_dict().__getitem__
+    save_gguf(folder / "toy.gguf", model.config, weight, "q8_0", tokenizer_json=words)
+    save_towers(folder / "mmproj-toy.gguf", model.config, weight)
     return folder
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import GenerationConfig, ModelConfig, read_config, read_generation_config
 from ..errors import CheckpointError, brief
 from . import own
-from .gguf import read_gguf
-from .gguf_model import config_of, stops_of, tokenizer_of
+from .gguf import GGUFFile, read_gguf
+from .gguf_model import config_of, listed, stops_of, tokenizer_of
 from .gguf_source import GGUFSource
+from .gguf_towers import tower_config
 from .load import Source
 from .safetensors import SafetensorsSource
 from .scheme_source import SchemeSource
+
+log = logging.getLogger("cabochon.weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +65,30 @@ def _only_gguf(folder: Path) -> Path | None:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = read_gguf(path)
-    config = read_config(config_of(file))
+    raw = config_of(file)
+    towers = _towers_beside(path, raw["text_config"]["hidden_size"])
+    if towers is not None:
+        raw |= tower_config(towers, listed(file.metadata, "tokenizer.ggml.tokens", str))
+    config = read_config(raw)
     return Checkpoint(
         config=config,
-        source=GGUFSource(file, config, str(path)),
+        source=GGUFSource(file, config, str(path), towers),
         generation=GenerationConfig(eos=tuple(stops_of(file.metadata))),
         folder=None,
         tokenizer=tokenizer_of(file.metadata) if "tokenizer.ggml.tokens" in file.metadata else None,
         template=_template(file.metadata.get("tokenizer.chat_template")),
     )
+
+
+def _towers_beside(path: Path, width: int) -> GGUFFile | None:
+    """The mmproj file in the same folder that fits a text network of `width`: named after it, or the largest."""
+    beside = path.parent.glob("*mmproj*.gguf")
+    for found in sorted(beside, key=lambda file: (file.name != f"mmproj-{path.name}", -file.stat().st_size)):
+        towers = read_gguf(found)
+        if towers.metadata.get("clip.vision.projection_dim") == width:
+            log.info("images and sound go through %s", found.name)
+            return towers
+    return None
 
 
 def _template(said: object) -> str | None:

@@ -22,7 +22,8 @@ _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", 
 
 
 def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[Param], None] = lambda _: None) -> None:
-    """Write the checkpoint `found` to `out` (a new folder, or a new file for gguf:...) in one of `FORMATS`.
+    """Write the checkpoint `found` to `out` (a new folder, or a new file for gguf:..., with a second one for its
+    towers) in one of `FORMATS`.
 
     Raises:
         InputError: the format is unknown, `out` exists, or a matrix does not fit the format.
@@ -35,10 +36,16 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "gguf":
         params = {param.name: param for param in parameters(found.config)}
+
+        def weight(ours: str) -> Tensor:
+            return _fetch(found.source, params[ours], tick)
+
+        if found.config.vision is not None:
+            gguf_write.save_towers(towers_beside(out), found.config, weight, name=name)
         gguf_write.save_gguf(
             out,
             found.config,
-            lambda ours: _fetch(found.source, params[ours], tick),
+            weight,
             inner,
             tokenizer_json=_words(found),
             template=_template(found),
@@ -57,6 +64,11 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
         (out / "tokenizer.json").write_text(found.tokenizer, encoding="utf-8")
         if found.template is not None:
             (out / "chat_template.jinja").write_text(found.template, encoding="utf-8")
+
+
+def towers_beside(out: Path) -> Path:
+    """Where eyes and ears of the text network in the file `out` are written."""
+    return out.with_name(f"mmproj-{out.name}")
 
 
 def _all(found: Checkpoint, tick: Callable[[Param], None]) -> Iterator[tuple[Param, Tensor]]:

@@ -23,7 +23,14 @@ _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """A config.json (text part only) for the model in `file`."""
     found = _Reader(file.metadata)
-    if (architecture := found.take("general.architecture")) != ARCHITECTURE:
+    architecture = found.take("general.architecture")
+    if architecture == f"{ARCHITECTURE}-assistant":
+        raise CheckpointError(
+            "this GGUF file holds a drafter, which can't be read from GGUF yet; take its safetensors repository."
+        )
+    if architecture == "clip":
+        raise CheckpointError("this GGUF file holds eyes and ears only; name the text model that lies beside it.")
+    if architecture != ARCHITECTURE:
         raise CheckpointError(
             f"this GGUF file holds a {brief(architecture)} model; {ARCHITECTURE!r} is what can be run here."
         )

@@ -2,9 +2,12 @@
 
 Blocks of type Q4_0 are our int4 to the byte and enter as they are; every other type is expanded. A router's or norm's
 tensor is always expanded, whatever it is stored as. Experts that are stored as separate gate and up tensors are joined.
+Towers come from a second file, the `mmproj`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..quant import QuantTensor
 from .gguf import GGUFFile, GGUFTensor
+from .gguf_towers import restore, tower_name
 from .params import Param, Shape, parameters
 
 _OURS_TO_MAKE = ("rope_freqs.weight",)
@@ -21,7 +25,7 @@ _OURS_TO_MAKE = ("rope_freqs.weight",)
 class GGUFSource:
     """A `weights.load.Source` over a mapped GGUF file."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, origin: str) -> None:
+    def __init__(self, file: GGUFFile, config: ModelConfig, origin: str, towers: GGUFFile | None = None) -> None:
         self.origin = origin
         self.parts: dict[str, list[GGUFTensor]] = {}
         self.params: dict[str, Param] = {}
@@ -38,14 +42,20 @@ class GGUFSource:
                 self.params[published] = param
         for parts in self.parts.values():
             parts.sort(key=lambda tensor: "up_exps" in tensor.name)  # gate rows before up rows
+        self.towers = _placed(towers, config) if towers is not None else {}
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: _stacked(parts) for name, parts in self.parts.items()}
+        towers = {name: param.shape if param else tensor.shape for name, (param, tensor) in self.towers.items()}
+        return {name: _stacked(parts) for name, parts in self.parts.items()} | towers
 
     def nbytes(self, name: str) -> int:
-        return sum(tensor.raw.nbytes for tensor in self.parts[name])
+        parts = [self.towers[name][1]] if name in self.towers else self.parts[name]
+        return sum(tensor.raw.nbytes for tensor in parts)
 
     def read(self, name: str) -> Tensor | QuantTensor:
+        if name in self.towers:
+            param, tensor = self.towers[name]
+            return tensor.dequantize() if param is None else restore(param, tensor)
         parts, param = self.parts[name], self.params.get(name)
         if len(parts) == 1 and parts[0].kind.name == "Q4_0" and param is not None and param.quantize:
             return as_int4(parts[0])
@@ -53,7 +63,21 @@ class GGUFSource:
 
     def formats(self) -> dict[str, str]:
         """Block type by published name, for people."""
-        return {name: parts[0].kind.name for name, parts in self.parts.items()}
+        stored = {name: parts[0] for name, parts in self.parts.items()}
+        stored |= {name: tensor for name, (_, tensor) in self.towers.items()}
+        return {name: tensor.kind.name for name, tensor in stored.items()}
+
+
+def _placed(file: GGUFFile, config: ModelConfig) -> dict[str, tuple[Param | None, GGUFTensor]]:
+    """The tensors of an mmproj file by published name; those that the table doesn't have, or of another size, stay
+    under their own, so that the loader reports them with all others that don't fit."""
+    table = {tower_name(param.hf): param for param in parameters(config)}
+    placed: dict[str, tuple[Param | None, GGUFTensor]] = {}
+    for name, tensor in file.tensors.items():
+        param = table.get(name)
+        fits = param is not None and param.count == math.prod(tensor.shape)
+        placed[param.hf if param is not None and fits else name] = (param if fits else None, tensor)
+    return placed
 
 
 def as_int4(tensor: GGUFTensor) -> QuantTensor:

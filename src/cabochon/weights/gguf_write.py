@@ -1,4 +1,4 @@
-"""A model as a GGUF file that llama.cpp loads: names, metadata and vocabulary as its own converter writes them."""
+"""A model as the GGUF files that llama.cpp loads: names, metadata and vocabulary as its own converter writes them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..errors import InputError
 from .gguf import ToWrite, write_gguf
 from .gguf_blocks import BY_NAME, BlockType
 from .gguf_model import metadata_of
+from .gguf_towers import tower_metadata, tower_name, turned
 from .params import Param, parameters
 
 FORMATS = {"bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -45,6 +46,25 @@ def save_gguf(
     rows += [(p.gguf, p.shape, _kind(p, kind), partial(weight, p.name)) for p in parameters(config) if p.gguf]
     metadata = metadata_of(config, tokenizer_json, template, name) | {"general.file_type": _FILE_TYPE[kind.name]}
     write_gguf(path, metadata, rows)
+
+
+def save_towers(path: Path, config: ModelConfig, weight: Callable[[str], Tensor], *, name: str = "cabochon") -> None:
+    """Write eyes and ears of `config` as the mmproj file that belongs to a text file.
+
+    Matrices are kept in bfloat16; convolutions, tables and whatever has one axis in float32.
+    """
+    rows: list[ToWrite] = []
+    for param in parameters(config):
+        if (theirs := tower_name(param.hf)) is None:
+            continue
+        shape = tuple(turned(param, torch.empty(param.shape, device="meta")).shape)
+        exact = len(shape) != 2 or "conv" in param.hf
+        rows.append((theirs, shape, BY_NAME["F32" if exact else "BF16"], partial(_turned, param, weight)))
+    write_gguf(path, tower_metadata(config, name) | {"general.file_type": _FILE_TYPE["BF16"]}, rows)
+
+
+def _turned(param: Param, weight: Callable[[str], Tensor]) -> Tensor:
+    return turned(param, weight(param.name).float())
 
 
 def _kind(param: Param, kind: BlockType) -> BlockType:
