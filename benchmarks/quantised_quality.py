@@ -3,8 +3,8 @@
     python benchmarks/quantised_quality.py [--exercises N] [--write]
 
 Each format is written as `cabochon quantize` writes it, loaded as anybody would load it and scored on the first N
-exercises of every task. `--write` puts the table into docs/numerics.md. Divergence is KL(bfloat16 || format) in nats per
-token, over prompts and answers of the exercises.
+exercises of every task. `--write` puts the table into docs/numerics.md. Divergence is KL(bfloat16 || format) in nats
+per token, over prompts and answers of the exercises.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def measure(limit: int) -> list[Result]:
                 Result(
                     format,
                     size=sum(file.stat().st_size for file in weights),
-                    kl=float((exact.exp() * (exact - other)).sum(-1).mean()),
+                    kl=max(
+                        0.0, float((exact.exp() * (exact - other)).sum(-1).mean())
+                    ),  # a sum of rounding may be below
                     right=int(sum(line.right for line in lines.values())),
                     n=len(exercises),
                     worst=(lost, int(plain[lost].right - lines[lost].right), lines[lost].n),

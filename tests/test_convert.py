@@ -1,5 +1,6 @@
 """`cabochon quantize` and `inspect` over the bundled checkpoint: every format is written, loaded again and speaks."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,10 @@ def test_the_command_checks_what_it_wrote(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(InputError, match="int8, int4, gguf:bf16"):
         convert.write(open_checkpoint(BUNDLED), tmp_path / "m", "nf4", "pebble")
+
+
+def test_the_page_says_what_every_format_costs():
+    """`benchmarks/quantised_quality.py --write` was run since a format was added."""
+    page = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `([\w:]+)` \| [\d.]+ \| \d", page, re.MULTILINE))
+    assert told == {"bfloat16", *convert.FORMATS, "nf4"}

@@ -53,6 +53,8 @@ def quantize(
     print(
         f"{out}: {size / 1e9:.3f} GB in {format}; mean KL to the original {moved:.2e} nats per token on probe prompts"
     )
+    if (towers := convert.towers_beside(out)).is_file() and out.is_file():
+        print(f"{towers}: the towers, for images and sound; keep both files in one folder")
     if not moved < FURTHEST.get(format, _FURTHEST_4BIT):
         raise EngineError(
             f"{out} predicts something else than {model} (KL {moved:.2g}); don't use it, and report this."
