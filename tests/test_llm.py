@@ -9,6 +9,7 @@ from cabochon import LLM, AsyncLLM, SamplingParams
 from cabochon.chat.events import Finish, TextDelta
 from cabochon.errors import ContextError, EngineError, InputError, RequestError
 from cabochon.llm.loading import Loaded, load
+from cabochon.llm.prepare import prepare
 from cabochon.llm.replies import StopStrings
 from support.toys import random_ids, save_toy, toy_model
 
@@ -178,3 +179,11 @@ def test_the_async_face_refuses_at_once():
                 await model.generate([random_ids(60)], greedy(60))
 
     asyncio.run(run())
+
+
+def test_auto_is_what_the_planner_says():
+    """Of the bundled model everything fits everywhere, so that the plan does not hang on what else runs."""
+    planned, llm = prepare(None), LLM(quantization="auto")
+    assert planned.quantization is None
+    assert (llm.max_model_len, llm.front.engine.scheduler.seats) == (planned.context, planned.users)
+    assert LLM(quantization="auto", max_num_seqs=3).front.engine.scheduler.seats == 3

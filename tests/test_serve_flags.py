@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from cabochon.chat.messages import Message, Text
-from cabochon.cli.prepare import prepare
 from cabochon.cli.serve import build
 from cabochon.cli.serve_flags import ServeSettings, read_settings
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.llm import AsyncLLM
+from cabochon.llm.prepare import prepare
 from cabochon.server.app import create_app
 from cabochon.server.ask import Ask
 from cabochon.server.options import ServerOptions

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .prepare import prepare
 from .serve_flags import ServeSettings, read_settings
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
     from ..chat.jinja import template_for
     from ..llm import AsyncLLM
     from ..llm.loading import load
+    from ..llm.prepare import prepare
     from ..media.source import Policy
     from ..server.options import ServerOptions
 

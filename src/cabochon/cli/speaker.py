@@ -70,7 +70,7 @@ def open_speaker(screen: Screen, model: str | None, choices: Choices) -> Speaker
         hub.locate(model)  # a wrong name is told before torch is imported
     from ..llm import LLM
     from ..llm.loading import load
-    from .prepare import prepare
+    from ..llm.prepare import prepare
 
     begin = prepare(
         model,

@@ -13,6 +13,7 @@ from ..chat.tokenizer import Tokenizer
 from ..config import ModelConfig
 from .front import Front, Tools
 from .loading import Loaded, load
+from .prepare import prepare
 
 
 class Face(ABC):
@@ -24,7 +25,8 @@ class Face(ABC):
         device: `auto`, `cpu`, `cuda`, `mps`.
         dtype: `auto` (as the checkpoint was saved), `bfloat16`, `float32`, ...
         max_model_len: context in tokens, prompt and reply together; None: as much as the model has and fits.
-        quantization: int8 or int4 rounds the matrices while they are loaded; None leaves them as they are stored.
+        quantization: int8 or int4 rounds the matrices while they are loaded, None leaves them as they are stored;
+            `auto` takes the finest that fits into the memory which is free, with the context and seats that then fit.
         engine_options: see `Front` and `engine.options.EngineOptions`.
     """
 
@@ -40,6 +42,12 @@ class Face(ABC):
         quantization: str | None = None,
         **engine_options: Any,
     ) -> None:
+        if quantization == "auto":
+            name = str(dtype).removeprefix("torch.")
+            begin = prepare(model, device, dtype=name, max_model_len=max_model_len, engine=engine_options)
+            quantization, max_model_len = begin.quantization, begin.context
+            room = {"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes}
+            engine_options = room | engine_options
         loaded = load(model, device, dtype, quantization=quantization)
         self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
 

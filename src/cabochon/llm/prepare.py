@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import hub, modelfile
 from ..config import ModelConfig
 from ..errors import InputError
 from ..formats import QUANTIZED
 from ..sizing import Hardware, Start, hardware, start
+from ..weights.checkpoint import open_checkpoint
+from ..weights.random import is_random, open_random
+from .loading import pick_device
 
 
 def prepare(
-    model: str | None,
+    model: str | Path | None,
     device: str = "auto",
     *,
     dtype: str = "auto",
@@ -28,7 +34,7 @@ def prepare(
         InputError: it can't fit; the message has the numbers and what would help.
     """
     config, name = _config(model)
-    recipe = modelfile.made(model) if model is not None else None
+    recipe = modelfile.made(model) if isinstance(model, str) else None
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
     wishes = engine or {}
@@ -47,11 +53,8 @@ def prepare(
     )
 
 
-def _config(model: str | None) -> tuple[ModelConfig, str]:
-    from ..weights.checkpoint import open_checkpoint
-    from ..weights.random import is_random, open_random
-
-    if model is not None and is_random(model):
+def _config(model: str | Path | None) -> tuple[ModelConfig, str]:
+    if isinstance(model, str) and is_random(model):
         return open_random(model)[0], model
     path = hub.locate(model)
     return open_checkpoint(path).config, path.name
@@ -59,15 +62,12 @@ def _config(model: str | None) -> tuple[ModelConfig, str]:
 
 def _device(device: str, share: float | None) -> Hardware:
     """The device with what may be taken of its memory: what is free now, and at most `share` of all there is."""
-    from ..llm.loading import pick_device
-
     there = pick_device(device)
     if share is not None and not 0 < share <= 1:
         raise InputError(f"gpu_memory_utilization is {share:g}, but must be above 0 and at most 1.")
     if there.type != "cuda":
         machine, total = hardware.this_machine(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return replace(machine, memory=min(machine.memory, int((share or 1) * total)))
-    import torch
 
     free, total = torch.cuda.mem_get_info(there)
     memory = min(free, int((share or 1) * total))
