@@ -11,6 +11,7 @@ import torch
 from ..config import Kind, TextConfig
 from ..errors import InputError
 from ..kv.layout import CacheDtype, KVPlan, kv_groups, plan_pages, request_pages
+from ..sizing.memory import ENCODER_CACHE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_snapshots: int | None = None
     """Windows kept for later requests; None: one per seat."""
-    encoder_cache_tokens: int = 16_384
+    encoder_cache_tokens: int = ENCODER_CACHE_TOKENS
     """Soft tokens of images, frames and sounds whose features are kept for later steps and requests."""
     skip_unwanted: bool = True
     """Tokens whose logits nobody wants skip the KV-shared layers."""

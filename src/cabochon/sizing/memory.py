@@ -25,6 +25,8 @@ STEP_TOKENS = 2048
 """Tokens that one step takes at most."""
 RUNTIME_BYTES = 450 << 20
 """Python, torch and the kernels' own buffers; on a GPU the context."""
+ENCODER_CACHE_TOKENS = 16_384
+"""Soft tokens that stay when their picture or sound has been read, for when it comes again."""
 IMAGE_MARKS = 2
 """Begin and end token around the soft tokens of an image."""
 
@@ -95,7 +97,7 @@ class Memory:
     """Pages of kept windows, one per user, for the next turn."""
     activations: int
     encoder: int
-    """Peak of the image or sound encoder."""
+    """Peak of encoding an image, and the features that are kept."""
     runtime: int = RUNTIME_BYTES
 
     @property
@@ -133,7 +135,7 @@ def measure(
         pool=sum(each[kind] * count for kind, count in plan.pages.items()) - snapshots,
         snapshots=snapshots,
         activations=activations(config, work),
-        encoder=encoder(config) if work.images else 0,
+        encoder=encoder(config, work.dtype) if work.images else 0,
     )
 
 
@@ -207,15 +209,21 @@ def activations(config: ModelConfig, work: Workload) -> int:
     return tokens * stream * size + logits
 
 
-def encoder(config: ModelConfig) -> int:
-    """Peak of encoding one image of the largest budget (1,120 soft tokens), as if all of it were in float32."""
-    vision = config.vision
+def encoder(config: ModelConfig, dtype: str) -> int:
+    """Peak of encoding one image of the largest budget (1,120 soft tokens), and the features that are kept.
+
+    However many arrive together, no more than one such image is in a tower at a time. In a layer's attention seven rows
+    are alive per patch: stream, norm, query, key, value, result, and what is added. (30 s of sound take a quarter.)
+    """
+    vision, size = config.vision, FORMATS[dtype].bits // 8
     if vision is None:
         return 0
     if isinstance(vision, UnifiedVisionConfig):
-        return 1120 * (2 * 3 * vision.model_patch_size**2 + 3 * vision.mm_embed_dim) * 4
-    patches = 1120 * vision.pooling_kernel_size**2
-    return patches * (4 * vision.hidden_size + 3 * vision.intermediate_size) * 4
+        peak = 1120 * (2 * 3 * vision.model_patch_size**2 + 3 * vision.mm_embed_dim) * 4
+    else:
+        patch = 7 * vision.hidden_size * size + 2 * 3 * vision.patch_size**2
+        peak = 1120 * vision.pooling_kernel_size**2 * patch
+    return peak + ENCODER_CACHE_TOKENS * config.text.hidden_size * size
 
 
 def image_tokens(config: ModelConfig, images: int) -> int:

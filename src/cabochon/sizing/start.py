@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..formats import QUANTIZED
 from ..kv.layout import CacheDtype
 from .hardware import Hardware
-from .memory import Workload
+from .memory import Workload, encoder
 from .plan import MARGIN, MemoryPlan, Sizer, plan
 from .units import kilo
 
@@ -62,7 +62,8 @@ def start(
     Raises:
         InputError: not even the coarsest format leaves room; the message has the numbers and what would help.
     """
-    usable = int((available or hardware.memory) * (1 - MARGIN))
+    set_aside = encoder(config, dtype or config.dtype)  # pictures come without having been planned for
+    usable = int((available or hardware.memory) * (1 - MARGIN)) - set_aside
     sizer = Sizer(config, None, 0, hardware, usable)
     longest = config.text.max_position_embeddings
     asked = Workload(
