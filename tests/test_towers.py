@@ -169,3 +169,40 @@ def test_encoder_free_embedders_equal_reference():
     same_weights(ear, their_ear)
     frames = torch.from_numpy(sound.raw_frames(np.random.default_rng(1).standard_normal(3000).astype(np.float32)))
     torch.testing.assert_close(ear(frames), their_ear(frames), atol=1e-4, rtol=0)
+
+
+def rounding_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("kind", VISION)
+@torch.inference_mode()
+def test_vision_tower_in_bfloat16_errs_no_more_than_the_reference_does(kind):
+    ours, theirs = vision_pair(kind)
+    patches = image.cut(image.resize(picture(600, 400, 1), 280), 16)
+    inputs = padded(patches, 280)
+    ours.bfloat16()
+    theirs.bfloat16()
+    theirs_rounded = theirs(*inputs).last_hidden_state
+    got = ours(torch.from_numpy(patches.values)[None], patches.rows, patches.columns)[0]
+    exact = theirs.float()(*inputs).last_hidden_state  # of the same, rounded weights
+    assert rounding_error(got, exact) < rounding_error(theirs_rounded, exact)
+
+
+@torch.inference_mode()
+def test_audio_tower_in_bfloat16_errs_no_more_than_the_reference_does():
+    theirs = Gemma4AudioModel(
+        Gemma4AudioConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=4, output_proj_dims=80, use_clipped_linears=True
+        )
+    )
+    calm(theirs, 3)
+    ours = AudioTower(AUDIO)
+    same_weights(ours, theirs)
+    mel = torch.from_numpy(sound.log_mel((np.random.default_rng(0).standard_normal(83_333) * 0.1).astype(np.float32)))
+    mask = torch.ones(1, len(mel), dtype=torch.bool)
+    theirs.bfloat16()
+    theirs_rounded = theirs(mel[None].bfloat16(), mask).last_hidden_state[0]
+    got = ours.bfloat16()(mel.bfloat16())
+    exact = theirs.float()(mel[None].bfloat16().float(), mask).last_hidden_state[0]
+    assert rounding_error(got, exact) < rounding_error(theirs_rounded, exact)
