@@ -1,20 +1,26 @@
 """`cabochon quantize` and `inspect` over the bundled checkpoint: every format is written, loaded again and speaks."""
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cabochon import LLM, SamplingParams
+from cabochon.chat.messages import Media, Message, Text
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import load
 from cabochon.quant import QuantTensor
 from cabochon.weights import convert
 from cabochon.weights.checkpoint import open_checkpoint
+from support.media_files import wav
+from support.speaking import save_seeing
 
 CABOCHON = Path(sys.executable).parent / "cabochon"
 COST = {"int8": 5e-3, "int4": 0.5, "gguf:q8_0": 5e-3, "gguf:q4_0": 0.5, "ct:w4a16": 0.5, "ct:fp8": 0.05}
@@ -36,6 +42,24 @@ def test_every_format_is_written_and_speaks(tmp_path, format):
     assert there.chat(
         [{"role": "user", "content": "Hello"}], params=SamplingParams(max_tokens=8)
     ).usage.completion_tokens
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B"])
+def test_a_gguf_pair_sees(tmp_path, size):
+    """What a picture and a sound do to the reply goes through the second file."""
+    whole = save_seeing(tmp_path / "whole", size)
+    convert.write(open_checkpoint(whole), tmp_path / "pair" / "m.gguf", "gguf:bf16", "toy")
+    picture = io.BytesIO()
+    Image.linear_gradient("L").resize((96, 96)).convert("RGB").save(picture, "PNG")
+    tone = np.sin(np.arange(8000) / 9)
+    shown = Message("user", (Media("image", picture.getvalue()), Media("audio", wav(tone)), Text("What is this?")))
+    loaded = [load(path, dtype="float32") for path in (whole, tmp_path / "pair")]
+    asked = [LLM.of(each).front.chat([shown]).request for each in loaded]
+    assert asked[0].token_ids == asked[1].token_ids
+    assert [span.length for span in asked[0].spans] == [span.length for span in asked[1].spans]
+    for span in asked[0].spans:
+        (before,), (after,) = (each.model.encode([span.item]) for each in loaded)
+        assert (after - before).norm() < 0.03 * before.norm()  # a dozen roundings of 2**-9 on the way
 
 
 def test_our_own_folder_is_loaded_as_it_lies(tmp_path):
