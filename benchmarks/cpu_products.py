@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from cabochon.ops import cpu
-from cabochon.quant import pack, quantize
+from cabochon.ops.packing import quantize
 
 INPUTS, OUTPUTS, COPIES = 1536, 12288, 6
 BYTES = {"torch": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}
@@ -36,7 +36,7 @@ def main() -> None:
         cpu.use(sys.argv[1])
     torch.set_num_threads(1)
     dense = [torch.randn(OUTPUTS, INPUTS).mul_(0.02).bfloat16() for _ in range(COPIES)]
-    packed = {format: [pack(quantize(weight, format)) for weight in dense] for format in ("int8", "int4")}
+    packed = {format: [quantize(weight, format, "panels") for weight in dense] for format in ("int8", "int4")}
     rows = []
     with torch.inference_mode():
         assert cpu.ready(dense[0])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from cabochon import ops
-from cabochon.quant import pack, quantize
+from cabochon.ops.packing import quantize
 
 WIDTH, INNER, KEYS, LAYERS, VOCABULARY = 1536, 12288, 256, 4, 256
 SHAPES = {
@@ -92,7 +92,7 @@ def ours(format: str) -> Callable[[int], float]:
     layers = []
     for _ in range(LAYERS):
         dense = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in SHAPES.items()}
-        layers.append(dense if format == "bfloat16" else {n: pack(quantize(w, format)) for n, w in dense.items()})
+        layers.append(dense if format == "bfloat16" else {n: quantize(w, format, "panels") for n, w in dense.items()})
 
     def run(rows: int) -> float:
         x = torch.randn(rows, WIDTH).bfloat16()

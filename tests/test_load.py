@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, quantize
 from cabochon.weights.header import read_folder
 from cabochon.weights.load import fill, fold, quantizer, save
+from cabochon.weights.own import OwnSource, save_own
 from cabochon.weights.params import parameters
 from cabochon.weights.random import RandomSource, calm_tensor, open_random
 from cabochon.weights.safetensors import SafetensorsSource
@@ -239,3 +242,21 @@ def test_random_models_keep_whole_patterns(name, layers, sharing):
 def test_wrong_random_names(name, error, message):
     with pytest.raises(error, match=message):
         open_random(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system what is mapped where")
+@pytest.mark.parametrize("panels", [False, True])
+def test_looked_up_tables_of_our_own_folder_stay_in_the_file(tmp_path, panels):
+    """The tables of per-layer embeddings are addressed where the file is mapped; the same rows come out of them."""
+    config, tensors = toy_config("E2B"), toy_model("E2B", dtype=torch.bfloat16).state_dict()
+    save_own(tmp_path / "own", config, ((param, tensors[param.name]) for param in parameters(config)), "int4")
+    model = empty(config)
+    stored = OwnSource(SafetensorsSource(tmp_path / "own"), read_config(tmp_path / "own"))
+    fill(model, stored, config, dtype=torch.bfloat16, convert=quantizer("int4", panels=panels))
+
+    table = model.language_model.embed_tokens_per_layer.weight
+    name = "language_model.embed_tokens_per_layer.weight"
+    assert torch.equal(dequantize(table), dequantize(quantize(tensors[name], "int4")))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ours = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(tmp_path))]
+    assert any(begin <= table.codes.data_ptr() < end for begin, end in ours)

@@ -5,6 +5,8 @@ Everything is made where it is used: under `with torch.device("cuda")` a network
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..kv.layout import kv_groups
 from ..model.batch import Batch
 from ..model.gemma4 import Gemma4
 from ..ops import Pages, Past, Rows
+from ..ops.cpu import prefer_huge_pages
 from ..ops.packing import pack
 from ..quant import QuantTensor
 from ..weights.load import host, place
@@ -47,7 +50,7 @@ def _weight(param: Param, format: str) -> Tensor | QuantTensor:
     *rows, width = param.shape
     if not FORMATS[format].quantized:
         draw = torch.randn(min(param.count, 1 << 20)).mul_(width**-0.5).to(torch.bfloat16)
-        return draw.repeat(-(-param.count // len(draw)))[: param.count].view(param.shape)
+        return _repeated(draw, param.shape)
     if format == "int8":  # codes are spread evenly over -127 .. 127, so their deviation is about 73
         codes, scales = _bytes(*rows, width).view(torch.int8), torch.full(rows, width**-0.5 / 73)
     else:
@@ -58,9 +61,14 @@ def _weight(param: Param, format: str) -> Tensor | QuantTensor:
 
 
 def _bytes(*shape: int) -> Tensor:
-    out = torch.empty(shape, dtype=torch.uint8)
+    return _repeated(torch.randint(1, 256, (min(math.prod(shape), 1 << 20),), dtype=torch.uint8), shape)
+
+
+def _repeated(draw: Tensor, shape: tuple[int, ...]) -> Tensor:
+    out = torch.empty(shape, dtype=draw.dtype)
+    if out.is_cpu:
+        prefer_huge_pages(out)
     flat = out.view(-1)
-    draw = torch.randint(1, 256, (min(len(flat), 1 << 20),), dtype=torch.uint8)
     for begin in range(0, len(flat), len(draw)):
         flat[begin : begin + len(draw)] = draw[: len(flat) - begin]
     return out

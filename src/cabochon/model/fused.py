@@ -7,7 +7,7 @@ interpreter is out of a decode step's way; the kernels, their order and the roun
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +18,8 @@ from ..quant import QuantTensor
 from .batch import Batch
 from .layers import Linear, RMSNorm
 
-if TYPE_CHECKING:
-    from .text import Layer
+Layer = Any
+"""`model.text.Layer`, which calls this module."""
 
 _NORMS = (
     "input_layernorm",

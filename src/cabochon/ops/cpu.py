@@ -27,6 +27,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"int8": 1, "int4": 2}
 """Quantised formats that there are kernels for, as they call them."""
 _on = _cpu is not None
+HUGE_PAGE = 2 << 20
 
 
 def supported() -> list[str]:
@@ -298,5 +299,6 @@ def read(memory: Tensor) -> int:
 
 
 def prefer_huge_pages(memory: Tensor) -> None:
-    """Ask for 2 MiB pages under `memory`, which nobody has written yet."""
-    _cpu.huge_pages(memory.data_ptr(), memory.nbytes)
+    """Ask for 2 MiB pages under `memory`, which nobody has written yet; without kernels nothing happens."""
+    if _on and memory.nbytes >= HUGE_PAGE:
+        _cpu.huge_pages(memory.data_ptr(), memory.nbytes)

@@ -1,5 +1,6 @@
 """Our own quantised folder: safetensors whose matrices are stored as the codes and scales that `quant` keeps in memory,
-so that the next load only maps and repacks.
+so that the next load only maps and repacks. What isn't repacked, such as the tables of per-layer embeddings, stays in
+the file, and only rows that are looked up come into memory.
 
 `x.weight` becomes `x.weight.codes` and `x.weight.scales`; config.json says
 `"quantization_config": {"quant_method": "cabochon", "format": "int4"}`. Everything else is stored in bfloat16.
@@ -67,7 +68,7 @@ class OwnSource:
         if name not in self.logical:
             return self.stored.read(name)
         assert self.format is not None
-        codes, scales = self.stored.read(f"{name}.codes"), self.stored.read(f"{name}.scales")
+        codes, scales = self.stored.mapped(f"{name}.codes"), self.stored.mapped(f"{name}.scales")
         return QuantTensor(codes, scales, self.format, self.logical[name])
 
     def _check(self, name: str, shape: Shape) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import variants
 from ..config import ModelConfig, read_config
 from ..errors import InputError
+from ..ops.cpu import prefer_huge_pages
 from .params import Shape, parameters
 
 PREFIX = "random:"
@@ -40,6 +41,7 @@ def calm_tensor(name: str, shape: tuple[int, ...], *, seed: int = 0, dtype: torc
     mean, spread = _shape_of(name, shape)
     # Sums of two bytes are exact in bfloat16, so a plain product is rounded once; with a mean it would be twice.
     out = torch.empty(shape, dtype=torch.float32 if mean else dtype)
+    prefer_huge_pages(out)
     flat = out.view(-1)
     for begin in range(0, flat.numel(), CHUNK):
         part = flat[begin : begin + CHUNK]

@@ -1,7 +1,8 @@
 """Tensors out of safetensors files, one at a time, straight into memory of their own.
 
 The files are read, not mapped: a mapped tensor's pages count as the process's memory until the last of them is gone,
-and a copy would have to follow anyway. So the peak is the model plus the one tensor that is being converted.
+and a copy would have to follow anyway. So the peak is the model plus the one tensor that is being converted. What is
+repacked at once, and tables of which a step needs a few rows, are better left in the file (`mapped`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, brief
+from ..ops.cpu import prefer_huge_pages
 from .header import INDEX, SINGLE, Entry, read_folder, read_header
 from .params import Shape
 
@@ -50,12 +53,9 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, in memory of its own."""
-        entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{entry.file} keeps {name} as {brief(entry.dtype)}; known types are {', '.join(DTYPES)}"
-            )
+        entry = self._entry(name)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        prefer_huge_pages(raw)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             view, done = raw.numpy().data, 0
@@ -65,6 +65,20 @@ class SafetensorsSource:
                     raise CheckpointError(f"{entry.file} ended inside {name}; download it again")
                 done += got
         return raw.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor `name` where it lies in the file: what is never looked at takes no memory."""
+        entry = self._entry(name)
+        raw = np.memmap(entry.file, np.uint8, mode="c", offset=entry.begin, shape=(entry.nbytes,))
+        return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def _entry(self, name: str) -> Entry:
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file} keeps {name} as {brief(entry.dtype)}; known types are {', '.join(DTYPES)}"
+            )
+        return entry
 
 
 def save(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
