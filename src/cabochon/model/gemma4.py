@@ -60,7 +60,7 @@ class Gemma4(nn.Module):
             else:
                 features[i] = self._hear(item)
         for (rows, columns), group in alike.items():
-            alone = self.language_model.norm.weight.device.type == "cpu"  # nothing to gain, and see ClippedLinear
+            alone = self.language_model.norm.weight.device.type == "cpu"  # nothing to gain, and the planner counts one
             most = 1 if alone else max(1, PATCHES_AT_ONCE // (rows * columns))
             for first in range(0, len(group), most):
                 some = group[first : first + most]
