@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import DrafterConfig, Kind, ModelConfig
 from ..ops.views import Pages, Past, Rows
+from .decoder import Angles, Layer, join_rotated
 from .layers import Embedding, Linear, RMSNorm, rope_angles
-from .text import Angles, Layer, Text, join_rotated
+from .text import Text
 
 
 @dataclass(slots=True)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from ..ops import cpu
 from ..quant import QuantTensor
 from .batch import Batch
+from .decoder import Layer
 from .layers import Linear, RMSNorm
-
-Layer = Any
-"""`model.text.Layer`, which calls this module."""
 
 _NORMS = (
     "input_layernorm",
