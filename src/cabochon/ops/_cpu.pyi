@@ -3,7 +3,7 @@
 Matrix = tuple[int, int, int, int, int, int]
 """format, dtype, codes, scales, rows, cols."""
 Seen = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
-"""pages, scales, table, its width, slots, split; first rows, positions, last seen; starts, contexts, first, requests."""
+"""pages, scales, table, its width, slots, split; first rows, positions, last seen; starts, contexts, first; count."""
 Stored = tuple[int, int, int, int, int]
 """KV heads, row width, key offset, value offset, window or 0."""
 

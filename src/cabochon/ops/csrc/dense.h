@@ -56,7 +56,10 @@ void dots(const T* x, long x_stride, const T* w, long w_stride, long inner, bool
     long k = 0;
     for (; k + SIZE <= inner; k += SIZE) {
         typename Step<T>::Value b[C];
-        for (int c = 0; c < C; ++c) b[c] = Step<T>::read(w + c * w_stride + k);
+        for (int c = 0; c < C; ++c) {
+            b[c] = Step<T>::read(w + c * w_stride + k);
+            if constexpr (R * C == 1) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + AHEAD);
+        }
         for (int r = 0; r < R; ++r) {
             const auto a = Step<T>::read(x + r * x_stride + k);
             for (int c = 0; c < C; ++c) acc[r][c] = Step<T>::add(acc[r][c], a, b[c]);
@@ -97,6 +100,13 @@ void dense_block(const Operand& x, long first, long last, const Matrix& w, long 
     const auto* rows = static_cast<const T*>(x.data);
     const auto* weight = static_cast<const T*>(w.codes);
     const long outputs = least(BLOCK, w.rows - output);
+    if (last - first == 1) {  // a single row reads the weight in one run through memory
+        for (long c = 0; c < outputs; ++c)
+            for (long from = 0; from < w.cols; from += INNER)
+                dots<T, 1, 1>(rows + first * x.stride + from, x.stride, weight + (output + c) * w.cols + from, w.cols,
+                              least(INNER, w.cols - from), from > 0, out + c);
+        return;
+    }
     for (long from = 0; from < w.cols; from += INNER)
         for (long row = first; row < last; row += DOT_ROWS)
             for (long c = 0; c < outputs; c += DOT_OUTPUTS)
