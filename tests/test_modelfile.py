@@ -24,6 +24,8 @@ SYSTEM """
 """
 PARAMETER temperature 0
 PARAMETER top_k 7
+PARAMETER min_p 0.1
+PARAMETER repeat_penalty 1.2
 PARAMETER num_predict 5
 PARAMETER num_ctx 300
 PARAMETER stop "END"
@@ -51,7 +53,14 @@ def test_everything_in_a_file_is_read(tmp_path):
     assert recipe == Recipe(
         base=str(BUNDLED),
         system=SYSTEM,
-        parameters={"temperature": 0, "top_k": 7, "num_predict": 5, "num_ctx": 300},
+        parameters={
+            "temperature": 0,
+            "top_k": 7,
+            "min_p": 0.1,
+            "repeat_penalty": 1.2,
+            "num_predict": 5,
+            "num_ctx": 300,
+        },
         stop=("END",),
         messages=(("user", "What is 1 + 1?"), ("assistant", "2")),
         licenses=("Apache\nLicense 2.0",),
@@ -107,6 +116,9 @@ def test_a_name_is_a_model():
     assert (settled.temperature, settled.top_k, settled.max_tokens, settled.stop) == (0, 7, 5, ("END",))
     asked = llm.front.chat(HELLO, params=SamplingParams(temperature=0.5, max_tokens=3, stop=["."])).request.params
     assert (asked.temperature, asked.top_k, asked.max_tokens, asked.stop) == (0.5, 7, 3, ["."])
+    assert (asked.min_p, asked.repetition_penalty) == (0.1, 1.2)
+    off = llm.front.chat(HELLO, params=SamplingParams(min_p=0, repetition_penalty=1)).request.params
+    assert (off.min_p, off.repetition_penalty) == (0, 1)
 
 
 def test_a_name_is_served():

@@ -15,13 +15,14 @@ EngineFinish = Literal["stop", "length", "abort", "loop", "error"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the reply is drawn. None for temperature, top_p and top_k means what the checkpoint's generation_config says
-    (Gemma 4: 1.0, 0.95, 64). Out-of-range values raise `RequestError` that names the field."""
+    """How the reply is drawn. None for temperature, top_p, top_k, min_p and repetition_penalty means what the checkpoint's
+    generation_config says (Gemma 4: 1.0, 0.95, 64, off, off). Out-of-range values raise `RequestError` that names the
+    field."""
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float = 0.0
+    min_p: float | None = None
     max_tokens: int | None = None
     """None: as many as the context leaves."""
     stop: Sequence[str] = ()
@@ -34,7 +35,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,14 +46,15 @@ class SamplingParams:
         need(self.temperature is None or 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         need(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.top_k is None or self.top_k >= 0, "top_k", "0 (off) or more")
-        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more")
         need(self.n >= 1, "n", "1 or more")
         need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
         need(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
         need(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        need(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100")
+        repetition = self.repetition_penalty
+        need(repetition is None or 0.01 <= repetition <= 100, "repetition_penalty", "between 0.01 and 100")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Request:
     id: str
     token_ids: Sequence[int]
     params: SamplingParams
-    """With temperature, top_p, top_k and max_tokens filled in."""
+    """With nothing left to the checkpoint, and max_tokens filled in."""
     eos_ids: Collection[int] = ()
     """Tokens that end the reply unless `params.ignore_eos`; the one that did is part of the reply."""
     spans: tuple[SoftSpan, ...] = ()

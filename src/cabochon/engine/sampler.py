@@ -89,7 +89,7 @@ def score(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogpr
 def _adjust(row: Tensor, track: Track) -> str | RequestError | None:
     """Apply what concerns one row alone, in place; why its constraint failed, if it did."""
     params = track.request.params
-    if params.repetition_penalty != 1.0:
+    if params.repetition_penalty is not None and params.repetition_penalty != 1.0:
         seen = torch.from_numpy(np.unique(track.ids)).to(row.device)
         value = row[seen]
         row[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
@@ -137,7 +137,7 @@ def _sample(logits: Tensor, tracks: list[Track]) -> tuple[Tensor, Tensor]:
         [p.temperature or 0.0 for p in params],
         top_k,
         [1.0 if p.top_p is None else p.top_p for p in params],
-        [p.min_p for p in params],
+        [p.min_p or 0.0 for p in params],
     ]
     settings = torch.tensor(columns, dtype=torch.float64).to(logits.device)
     wide = [i for i, k in enumerate(top_k) if k > NARROW]

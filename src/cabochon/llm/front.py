@@ -196,8 +196,7 @@ class Front:
     def _settle(self, params: SamplingParams | None, prompt: int) -> SamplingParams:
         """Fill in what the caller left to the checkpoint, and to the room there is."""
         defaults, recipe = self.generation, self.recipe
-        if params is None:
-            params = SamplingParams(min_p=defaults.min_p, repetition_penalty=defaults.repetition_penalty)
+        params = params or SamplingParams()
         wish, seed = int(recipe.parameters.get("num_predict", -1)), recipe.parameters.get("seed")
         room = self.engine.room(prompt)
         if params.max_tokens is None and room < 1:
@@ -211,6 +210,8 @@ class Front:
             temperature=defaults.temperature if params.temperature is None else params.temperature,
             top_p=defaults.top_p if params.top_p is None else params.top_p,
             top_k=defaults.top_k if params.top_k is None else params.top_k,
+            min_p=defaults.min_p if params.min_p is None else params.min_p,
+            repetition_penalty=params.repetition_penalty or defaults.repetition_penalty,
             max_tokens=params.max_tokens or (min(wish, room) if wish > 0 else room),
             stop=params.stop or recipe.stop,
             seed=int(seed) if params.seed is None and seed is not None else params.seed,

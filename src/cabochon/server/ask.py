@@ -56,7 +56,7 @@ def params(request: wire.Sampling, *, max_tokens: int | None, n: int | None, log
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=0 if top_k == -1 else top_k,
-        min_p=request.min_p or 0.0,
+        min_p=request.min_p,
         max_tokens=max_tokens,
         stop=stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
@@ -66,7 +66,7 @@ def params(request: wire.Sampling, *, max_tokens: int | None, n: int | None, log
         logprobs=logprobs,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=request.repetition_penalty or 1.0,
+        repetition_penalty=request.repetition_penalty,
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
     )
 
