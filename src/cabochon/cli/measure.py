@@ -17,9 +17,7 @@ SIZE = 2048
 """Side of the matrices that are multiplied."""
 
 
-def measure(
-    read_bytes: int = READ_BYTES, size: int = SIZE, clock: Callable[[], float] = time.perf_counter
-) -> Measured:
+def measure(read_bytes: int = READ_BYTES, size: int = SIZE, clock: Callable[[], float] = time.perf_counter) -> Measured:
     """The best of a few runs each: reading memory far larger than the caches, and matrix products; by `clock`."""
     operations = 2.0 * size**3
     return Measured(
