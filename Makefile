@@ -37,6 +37,8 @@ bench: $(READY)
 
 pebble: $(READY)
 	$(BIN)/python scripts/pebble/train.py
+	$(BIN)/python scripts/pebble/senses.py --text build/pebble/run
+	$(BIN)/python scripts/pebble/drafter.py build/pebble/senses
 
 # The C++ sources too: kernels of another version than the package are worse than none.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/cabochon/ops/csrc/*)

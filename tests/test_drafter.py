@@ -36,21 +36,10 @@ def stored_rows(size: str, ids: list[int]) -> tuple[Stored, torch.Tensor]:
     from cabochon.model.batch import whole_sequences
 
     model = toy_model(size, dtype=torch.float64)
-    normed: dict[int, torch.Tensor] = {}
-    text = model.language_model
-    batch = whole_sequences([torch.tensor(ids)])
-    owners = {layer.spec.kind: layer for layer in text.layers if layer.spec.owns_kv}
-    hooks = [
-        owner.input_layernorm.register_forward_hook(lambda _m, _in, out, at=owner.spec.index: normed.update({at: out}))
-        for owner in owners.values()
-    ]
+    text, rows = model.language_model, {}
     with torch.no_grad():
-        hidden = text.hidden(batch)[-1:]
-        angles = text._angles(batch.rows.position, torch.float64)
-        rows = {kind: owner.self_attn.kv_rows(normed[owner.spec.index], angles[kind]) for kind, owner in owners.items()}
-    weights = {kind: owner.self_attn.k_norm.weight for kind, owner in owners.items()}
-    for hook in hooks:
-        hook.remove()
+        hidden = text.hidden(whole_sequences([torch.tensor(ids)]), rows)[-1:]
+    weights = {layer.spec.kind: layer.self_attn.k_norm.weight for layer in text.layers if layer.spec.owns_kv}
     last = torch.tensor([len(ids) - 1], dtype=torch.int32)
     asks = Rows(torch.zeros(1, dtype=torch.long), torch.tensor([0, 1], dtype=torch.int32), last, last, 1)
     start, context = torch.tensor([0, len(ids)], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

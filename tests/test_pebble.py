@@ -258,6 +258,18 @@ def test_floors():
     assert {line.task: line.score for line in card if line.score < FLOORS[line.task]} == {}
 
 
+def test_the_drafter_guesses_what_is_said():
+    import drafter
+
+    target, guesser = drafter.load_target(BUNDLED), drafter.load(BUNDLED / "drafter")
+    assert guesser.config.drafter.backbone_hidden_size == target.config.text.hidden_size
+    assert guesser.config.drafter.use_ordered_embeddings
+    order = guesser.masked_embedding.token_ordering
+    assert torch.equal(order.sort().values, torch.arange(target.config.text.vocab_size))
+    suite = [e for e in heldout.SUITE if e.name in ("add 3 digits", "known tools", "unseen schema", "extract JSON")]
+    assert drafter.summary(drafter.measure(target, guesser, BUNDLED, suite, 4))["accepted"] >= 1.8
+
+
 # Training ----------------------------------------------------------------------------------------------------------
 
 

@@ -58,13 +58,13 @@ TASKS = (
     Task(knowledge.greet, 0.015, split=False),
 )
 SENSED = (
-    Task(pictures.name_it, 0.24),
+    Task(pictures.name_it, 0.25),
     Task(pictures.count, 0.1),
-    Task(pictures.box, 0.08),
-    Task(pictures.motion, 0.04),
-    Task(writing.read, 0.2),
-    Task(writing.chart, 0.06),
-    Task(sounds.hear, 0.28, split=False),
+    Task(pictures.box, 0.05),
+    Task(pictures.motion, 0.03),
+    Task(writing.read, 0.26),
+    Task(writing.chart, 0.05),
+    Task(sounds.hear, 0.26, split=False),
 )
 """Shares of the exercises that show something; the sounds' split was made when they were."""
 PROSE = 0.02

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from prose import HELD_OUT, book
 
-from cabochon.evaluate import BUNDLED_TASKS, Line, evaluate, read_tasks
+from cabochon.evaluate import Line, bundled, evaluate
 from cabochon.hub import BUNDLED
 from cabochon.llm import LLM, AsyncLLM
 
@@ -50,9 +50,9 @@ def prose(folder: Path) -> list[dict[str, Any]]:
 
 def table(card: list[Line]) -> str:
     """The scores in Markdown."""
-    lines = ["| task | right | 95 % interval | n | guessing | thinking withheld |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| task | right | 95 % interval | n | guessing | withheld |", "|---|--:|--:|--:|--:|--:|"]
     for line in card:
-        withheld = "" if line.withheld is None else f"{line.withheld:.1%}"
+        withheld = "" if line.withheld is None else f"{line.withheld:.1%} without {line.what}"
         interval = f"{line.low:.1%} to {line.high:.1%}"
         lines.append(f"| {line.task} | {line.score:.1%} | {interval} | {line.n} | {line.chance:.1%} | {withheld} |")
     return "\n".join(lines)
@@ -62,10 +62,16 @@ def write_card(folder: Path, card: list[Line], books: list[dict[str, Any]]) -> N
     made = json.loads((folder / "training.json").read_text())
     text = (Path(__file__).parent / "card.md").read_text()
     shown = "\n".join(f"| {row['book']} | {row['bytes']:,} | {row['bits']:.2f} | {row['xz']:.2f} |" for row in books)
-    size = (folder / "model.safetensors").stat().st_size / 1e6
-    values = {**made, "scores": table(card), "books": shown, "size": f"{size:.1f}"}
+    size, drafter_size = ((folder / at / "model.safetensors").stat().st_size / 1e6 for at in ("", "drafter"))
+    values = {
+        **made,
+        "scores": table(card),
+        "books": shown,
+        "size": f"{size:.1f}",
+        "drafter_size": f"{drafter_size:.1f}",
+    }
     for name, value in values.items():
-        text = text.replace("{{" + name + "}}", f"{value:,}" if isinstance(value, int) else str(value))
+        text = text.replace("{{" + name + "}}", str(value))
     (folder / "README.md").write_text(text)
     if folder == BUNDLED:
         page = PAGE.read_text()
@@ -81,13 +87,14 @@ def main() -> None:
     folder = parser.parse_args().folder
     llm = AsyncLLM(folder)
     try:
-        card = evaluate(llm, read_tasks(BUNDLED_TASKS))
+        card = evaluate(llm, bundled())
     finally:
         llm.close()
     print(table(card), flush=True)
     books = prose(folder)
     print(json.dumps(books, indent=1))
-    write_card(folder, card, books)
+    if (folder / "training.json").exists():
+        write_card(folder, card, books)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ from cabochon.weights.params import parameters
 from cabochon.weights.random import calm_tensor
 
 OUT = train.HERE.parents[1] / "build" / "pebble" / "senses"
-SENSED = 0.72
+SENSED = 0.8
 """Of the conversations in the joint part."""
 TEXT_RATE = 0.15
 """Of the text network's parameters, in parts of the towers'."""
 SIGHTS = (*pictures.COLOURS, *pictures.SHAPES, *writing.ALPHABET)
 SPOKEN = sorted({*sounds.WORDS} | {word for i in range(4000) for word in sounds.command(random.Random(i)).split()})
-TILE_GENERATORS = ((pictures.name_it, 0.2), (pictures.count, 0.3), (writing.read, 0.5))
+TILE_GENERATORS = ((pictures.name_it, 0.2), (pictures.count, 0.2), (writing.read, 0.6))
 PICTURES_AT_ONCE, SOUNDS_AT_ONCE = 24, 12
 
 
@@ -227,10 +227,10 @@ def optimizers(named: list[tuple[str, nn.Parameter]], part: float = 1.0) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=train.SHIPPED, help="the checkpoint to start from")
-    parser.add_argument("--alone", type=float, default=12, help="minutes for the towers alone")
-    parser.add_argument("--minutes", type=float, default=60, help="minutes for all together")
+    parser.add_argument("--alone", type=float, default=9, help="minutes of processor time for the towers alone")
+    parser.add_argument("--minutes", type=float, default=12, help="minutes of processor time for all together")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=2, help="forward passes per worker and step")
+    parser.add_argument("--passes", type=int, default=1, help="forward passes per worker and step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--resume", action="store_true", help="go on from the last save of the joint part")

@@ -58,8 +58,11 @@ class Text(nn.Module):
         shape = (len(self.layers), self.ple_width)
         return (self.per_layer_projection_norm(context.unflatten(-1, shape)) + token.unflatten(-1, shape)) * 2**-0.5
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """The normed hidden state of every wanted row: [L, D]."""
+    def hidden(self, batch: Batch, kept: dict[Kind, Tensor] | None = None) -> Tensor:
+        """The normed hidden state of every wanted row: [L, D].
+
+        `kept` gets what the last owner of each kind stores of this step's tokens [T, K, W]: what a drafter reads.
+        """
         x = self.embed(batch)
         ple = self.per_layer_inputs(x, batch)
         angles = self._angles(batch.rows.position, x.dtype)
@@ -74,7 +77,10 @@ class Text(nn.Module):
                 skip = True
             x = self._layer(layer, x, None if ple is None else ple[:, i], step, batch, skip, angles[spec.kind])
             if self.last_reader[spec.reads_kv_of] == i:
-                self._store(spec.reads_kv_of, spec.kind, step.pop(spec.reads_kv_of), batch)
+                rows = step.pop(spec.reads_kv_of)
+                self._store(spec.reads_kv_of, spec.kind, rows, batch)
+                if kept is not None:
+                    kept[spec.kind] = rows
         if batch.tail.index is not None and not skip:
             x = x[batch.tail.index]
         return self.norm(x if batch.wanted is None else x[batch.wanted])
