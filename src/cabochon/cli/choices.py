@@ -36,14 +36,11 @@ class Choices:
     max_tokens: Annotated[int | None, typer.Option(help="End a reply after so many tokens.")] = None
     seed: Annotated[int | None, typer.Option(help="Draw the same reply again.")] = None
 
-    def sampling(self) -> SamplingParams | None:
-        """None if nothing was asked for: then all is as the checkpoint says."""
-        wanted = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
-        if set(wanted.values()) == {None}:
-            return None
+    def sampling(self) -> SamplingParams:
         from ..engine.request import SamplingParams
 
-        return SamplingParams(**wanted)
+        names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 def with_choices(command: Callable[..., None]) -> Callable[..., None]:

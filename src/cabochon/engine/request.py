@@ -15,9 +15,11 @@ EngineFinish = Literal["stop", "length", "abort", "loop", "error"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the reply is drawn. None for temperature, top_p, top_k, min_p and repetition_penalty means what the checkpoint's
-    generation_config says (Gemma 4: 1.0, 0.95, 64, off, off). Out-of-range values raise `RequestError` that names the
-    field."""
+    """How the reply is drawn.
+
+    None for temperature, top_p, top_k, min_p and repetition_penalty means what the checkpoint's generation_config says
+    (Gemma 4: 1.0, 0.95, 64, off, off). Out-of-range values raise `RequestError` that names the field.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
