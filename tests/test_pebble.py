@@ -184,6 +184,8 @@ def test_guessing():
         ("[]", "task, messages and expect"),
         ('{"task": "a", "messages": [], "expect": 1, "color": 2}', "unknown field 'color'"),
         ('{"task": "a", "messages": [], "expect": 1, "score": "near"}', "has score 'near'"),
+        ('{"task": "a", "messages": [], "expect": "12", "score": "box"}', "expects no box"),
+        ('{"task": "a", "messages": [{"role": "x", "content": ""}], "expect": 1}', "line 1: "),
         ("", "no exercises"),
     ],
 )

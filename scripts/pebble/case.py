@@ -51,7 +51,7 @@ class Case:
                 {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
                 for call in self.reply["tool_calls"]
             ]
-        elif self.score == "json":
+        elif self.score in ("json", "box"):
             expect = json.loads(expect)
         messages = [self._filed(message) for message in self.messages]
         line: JsonDict = {"task": self.task, "messages": messages, "expect": expect, "score": self.score}

@@ -137,6 +137,8 @@ def _read_line(line: str, where: str) -> Exercise:
     if value.get("score", "text") not in COMPARE:
         raise InputError(f"{where} has score {value['score']!r}, but must have one of {', '.join(COMPARE)}.")
     exercise = Exercise(**value)
+    if exercise.score == "box" and not _boxes(json.dumps(exercise.expect)):
+        raise InputError(f'{where} expects no box; score "box" takes [{{"box_2d": [top, left, bottom, right]}}, ...].')
     try:
         read_messages(exercise.messages)
     except RequestError as error:
