@@ -1,6 +1,7 @@
 """Models in GGUF files: written, read back, and the same model; blocks that our kernels know enter as they are."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from cabochon.errors import CheckpointError, InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import build
 from cabochon.model.batch import whole_sequences
+from cabochon.model.drafter import Drafter
 from cabochon.quant import QuantTensor, dequantize
 from cabochon.weights.checkpoint import open_checkpoint
 from cabochon.weights.gguf import read_gguf, write_gguf
 from cabochon.weights.gguf_blocks import BY_NAME
 from cabochon.weights.gguf_model import config_of, tokenizer_of
 from cabochon.weights.gguf_write import save_gguf, save_towers
+from cabochon.weights.load import fill
 from cabochon.weights.params import parameters
-from support.toys import random_ids, toy_model
+from support.toys import calm_, random_ids, toy_drafter_json, toy_model
 from support.words import small_tokenizer
 
 SHAPES = ["E2B", "E4B", "12B", "26B-A4B", "31B"]
@@ -98,10 +101,83 @@ def test_other_architectures_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="'llama4' model"):
         open_checkpoint(tmp_path / "t.gguf")
     row = [("a", (2,), BY_NAME["F32"], lambda: torch.zeros(2))]
-    for architecture, sentence in (("gemma4-assistant", "holds a drafter"), ("clip", "eyes and ears only")):
-        write_gguf(tmp_path / "t.gguf", {"general.architecture": architecture}, row)
-        with pytest.raises(CheckpointError, match=sentence):
-            open_checkpoint(tmp_path / "t.gguf")
+    write_gguf(tmp_path / "t.gguf", {"general.architecture": "clip"}, row)
+    with pytest.raises(CheckpointError, match="eyes and ears only"):
+        open_checkpoint(tmp_path / "t.gguf")
+
+
+THEIR_DRAFTER = {
+    "block_count": 4,
+    "context_length": 4096,
+    "embedding_length": 32,
+    "feed_forward_length": 48,
+    "attention.head_count": 4,
+    "attention.head_count_kv": [4, 4, 4, 2],
+    "rope.freq_base": 1000000.0,
+    "rope.freq_base_swa": 10000.0,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.sliding_window": 16,
+    "attention.shared_kv_layers": 4,
+    "embedding_length_per_layer_input": 0,
+    "attention.sliding_window_pattern": [True, True, True, False],
+    "attention.key_length_swa": 16,
+    "attention.value_length_swa": 16,
+    "rope.dimension_count": 32,
+    "rope.dimension_count_swa": 16,
+    "embedding_length_out": 64,
+    "nextn_predict_layers": 4,
+}
+"""What llama.cpp's converter said of a toy 26B-A4B drafter."""
+THEIR_LAYER = (
+    *("attn_norm", "attn_q", "attn_q_norm", "attn_output", "post_attention_norm"),
+    *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm", "layer_output_scale"),
+)
+THEIR_TENSORS = {
+    *(f"blk.{layer}.{name}.weight" for layer in range(4) for name in THEIR_LAYER),
+    *(f"{name}.weight" for name in ("rope_freqs", "token_embd", "output_norm")),
+    *(f"nextn.{name}_projection.weight" for name in ("pre", "post")),
+}
+
+
+CLUSTERS = {"num_centroids": 2048, "centroid_intermediate_top_k": 32}
+"""What a config says that doesn't speak of them."""
+
+
+def toy_drafter(size):
+    config = read_config(toy_drafter_json(size))
+    return calm_(Drafter(config))
+
+
+def test_a_drafter_is_written_as_llama_cpp_writes_it(tmp_path):
+    drafter = toy_drafter("26B-A4B")
+    save_gguf(tmp_path / "t.gguf", drafter.config, drafter.state_dict().__getitem__, "f16")
+    file = read_gguf(tmp_path / "t.gguf")
+    assert set(file.tensors) == THEIR_TENSORS
+    assert file.tensors["nextn.pre_projection.weight"].shape == (32, 128)
+    assert file.metadata["general.architecture"] == "gemma4-assistant"
+    for key, value in THEIR_DRAFTER.items():
+        ours = file.metadata[f"gemma4-assistant.{key}"]
+        alike = value if isinstance(value, list) or not isinstance(ours, list) else [value] * 4
+        assert ours == pytest.approx(alike), key
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_a_drafter_comes_back_without_its_clusters(tmp_path, size):
+    drafter = toy_drafter(size)
+    save_gguf(tmp_path / "t.gguf", drafter.config, drafter.state_dict().__getitem__, "f16")
+    opened = open_checkpoint(tmp_path / "t.gguf")
+    # The 12B's says that pictures see themselves; a drafter reads none.
+    assert opened.config.text == replace(drafter.config.text, two_way_spans=False)
+    assert opened.config.drafter == replace(drafter.config.drafter, use_ordered_embeddings=False, **CLUSTERS)
+    with torch.device("meta"):
+        again = Drafter(opened.config)
+    fill(again, opened.source, opened.config, dtype=torch.float32)
+    kept = {name: w for name, w in drafter.state_dict().items() if not name.startswith("masked_embedding.")}
+    assert again.state_dict().keys() == kept.keys()
+    for name, weight in kept.items():
+        assert torch.equal(again.state_dict()[name], weight), name
 
 
 def test_a_folder_with_two_models_asks_which(tmp_path):

@@ -1,6 +1,7 @@
 """Files exchanged with llama.cpp itself. Optional: set CABOCHON_LLAMA_CPP to the root of a llama-cpp-python source
 distribution, CABOCHON_LLAMA_CPP_BUILD to where its llama.cpp was built (shared libraries and llama-quantize)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from cabochon.chat.tokenizer import Tokenizer
+from cabochon.config import read_config
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import build
 from cabochon.model.batch import whole_sequences
+from cabochon.model.drafter import Drafter
 from cabochon.weights.checkpoint import open_checkpoint
 from cabochon.weights.gguf import read_gguf
 from cabochon.weights.gguf_write import save_gguf, save_towers
-from support.toys import random_ids, save_toy, toy_model
+from cabochon.weights.load import fill, save
+from support.toys import calm_, random_ids, save_toy, toy_drafter_json, toy_model
 
 SOURCES, BUILT = os.environ.get("CABOCHON_LLAMA_CPP"), os.environ.get("CABOCHON_LLAMA_CPP_BUILD")
 pytestmark = [
@@ -128,6 +132,28 @@ def test_their_towers_and_ours_are_the_same(tmp_path, size):
     said = {k: v for k, v in theirs.metadata.items() if k.startswith("clip.")}
     assert {k: ours.metadata.get(k) for k in said} == said
     print(f"{size}: {len(theirs.tensors)} tensors")
+
+
+@pytest.mark.parametrize("size", ["E2B", "26B-A4B", "31B"])
+def test_their_drafters_are_read(tmp_path, size):
+    """Every tensor of the converter's file is the checkpoint's; it leaves clusters out, and can't take a toy 12B."""
+    raw = toy_drafter_json(size)
+    drafter = calm_(Drafter(read_config(raw)))
+    save(tmp_path, drafter, drafter.config)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((BUNDLED / name).read_bytes())
+    converter = Path(SOURCES) / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+    run(sys.executable, converter, tmp_path, "--outtype", "f32", "--outfile", tmp_path / "theirs.gguf")
+    opened = open_checkpoint(tmp_path / "theirs.gguf")
+    assert opened.config.text == drafter.config.text
+    with torch.device("meta"):
+        again = Drafter(opened.config)
+    fill(again, opened.source, opened.config, dtype=torch.float32)
+    whole = drafter.state_dict()
+    assert {name for name in whole if not name.startswith("masked_embedding.")} == again.state_dict().keys()
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, whole[name]), name
 
 
 def run(*command):

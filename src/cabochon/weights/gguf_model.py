@@ -3,6 +3,9 @@
 llama.cpp's `gemma4` architecture keeps the checkpoint's numbers under its own keys and the tokenizer as bare lists. A
 few things are not said at all and are read off the tensors: whether values are keys (no `attn_v` on global layers) and
 how much of a global head turns (`rope_freqs` is 1 where it turns and 1e30 where it doesn't).
+
+A drafter is an architecture of its own, `gemma4-assistant`, with the same keys. llama.cpp's converter leaves the
+clusters of E2B's and E4B's drafters out, so from GGUF these look at every token instead.
 """
 
 from __future__ import annotations
@@ -16,21 +19,18 @@ from ..errors import CheckpointError, brief
 from .gguf import GGUFFile
 
 ARCHITECTURE = "gemma4"
+DRAFTER = "gemma4-assistant"
 CONTROL, USER_DEFINED, BYTE, NORMAL = 3, 4, 6, 1
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
-    """A config.json (text part only) for the model in `file`."""
+    """A config.json (text part only) for the model or the drafter in `file`."""
     found = _Reader(file.metadata)
     architecture = found.take("general.architecture")
-    if architecture == f"{ARCHITECTURE}-assistant":
-        raise CheckpointError(
-            "this GGUF file holds a drafter, which can't be read from GGUF yet; take its safetensors repository."
-        )
     if architecture == "clip":
         raise CheckpointError("this GGUF file holds eyes and ears only; name the text model that lies beside it.")
-    if architecture != ARCHITECTURE:
+    if architecture not in (ARCHITECTURE, DRAFTER):
         raise CheckpointError(
             f"this GGUF file holds a {brief(architecture)} model; {ARCHITECTURE!r} is what can be run here."
         )
@@ -58,7 +58,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "num_global_key_value_heads": kv_global,
         "head_dim": found.take("attention.key_length_swa"),
         "global_head_dim": found.take("attention.key_length"),
-        "attention_k_eq_v": _keys_are_values(file, sliding),
+        "attention_k_eq_v": _keys_are_values(file, sliding)
+        if architecture == ARCHITECTURE
+        else kv_sliding != kv_global,
         "sliding_window": found.take("attention.sliding_window"),
         "num_kv_shared_layers": found.take("attention.shared_kv_layers", 0),
         "hidden_size_per_layer_input": ple,
@@ -76,7 +78,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         },
         "enable_moe_block": bool(experts),
         # The sizes with per-layer embeddings are causal everywhere; the others let image spans see themselves.
-        "use_bidirectional_attention": None if ple else "vision",
+        "use_bidirectional_attention": None if ple or architecture == DRAFTER else "vision",
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id", 2),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id", 0),
     }
@@ -86,7 +88,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
             "top_k_experts": found.take("expert_used_count"),
             "moe_intermediate_size": found.take("expert_feed_forward_length"),
         }
-    return {"model_type": "gemma4", "text_config": text, "eos_token_id": stops_of(file.metadata), "dtype": "bfloat16"}
+    raw = {"text_config": text, "eos_token_id": stops_of(file.metadata), "dtype": "bfloat16"}
+    if architecture == DRAFTER:
+        return raw | {"model_type": "gemma4_assistant", "backbone_hidden_size": found.take("embedding_length_out")}
+    return raw | {"model_type": "gemma4"}
 
 
 class _Reader:
@@ -94,9 +99,10 @@ class _Reader:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = metadata
+        self.prefix = DRAFTER if metadata.get("general.architecture") == DRAFTER else ARCHITECTURE
 
     def take(self, key: str, *default: Any) -> Any:
-        full = key if key.startswith(("general.", "tokenizer.")) else f"{ARCHITECTURE}.{key}"
+        full = key if key.startswith(("general.", "tokenizer.")) else f"{self.prefix}.{key}"
         if full not in self.metadata and not default:
             raise CheckpointError(
                 f"the GGUF file does not say {full}; convert the model again with a current llama.cpp."
@@ -106,7 +112,7 @@ class _Reader:
     def number(self, key: str) -> float:
         value = self.take(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"the GGUF file says {ARCHITECTURE}.{key} is {brief(value)}; it must be a number.")
+            raise CheckpointError(f"the GGUF file says {self.prefix}.{key} is {brief(value)}; it must be a number.")
         return value
 
     def counts(self, key: str, *default: Any) -> list[int]:
@@ -114,7 +120,7 @@ class _Reader:
         value = self.take(key, *default)
         listed = value if isinstance(value, list) else [value]
         if not listed or not all(type(v) is int and 0 <= v < 2**31 for v in listed):
-            raise CheckpointError(f"the GGUF file says {ARCHITECTURE}.{key} is {brief(value)}; it must be a count.")
+            raise CheckpointError(f"the GGUF file says {self.prefix}.{key} is {brief(value)}; it must be a count.")
         return listed
 
 
@@ -132,7 +138,7 @@ def _per_kind(value: Sequence[int], sliding: Sequence[bool], key: str) -> tuple[
         return value[0], value[0]
     kinds = [{v for v, s in zip(value, sliding, strict=False) if s is kind} for kind in (True, False)]
     if len(value) != len(sliding) or any(len(kind) != 1 for kind in kinds):
-        raise CheckpointError(f"the GGUF file's {ARCHITECTURE}.{key} is not one value per kind of layer.")
+        raise CheckpointError(f"the GGUF file's {key} is not one value per kind of layer.")
     return kinds[0].pop(), kinds[1].pop()
 
 
@@ -251,8 +257,14 @@ def metadata_of(config: ModelConfig, tokenizer_json: str | None, template: str |
             "expert_used_count": experts.per_token,
             "expert_feed_forward_length": experts.width,
         }
-    metadata: dict[str, Any] = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name}
-    metadata |= {f"{ARCHITECTURE}.{key}": value for key, value in said.items()}
+    if config.drafter is not None:
+        said |= {
+            "embedding_length_out": config.drafter.backbone_hidden_size,
+            "nextn_predict_layers": len(text.layers),
+        }
+    architecture = DRAFTER if config.drafter else ARCHITECTURE
+    metadata: dict[str, Any] = {"general.architecture": architecture, "general.type": "model", "general.name": name}
+    metadata |= {f"{architecture}.{key}": value for key, value in said.items()}
     metadata["general.quantization_version"] = 2
     if tokenizer_json is not None:
         metadata |= _vocabulary(json.loads(tokenizer_json), text.vocab_size)

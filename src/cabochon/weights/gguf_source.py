@@ -29,8 +29,8 @@ class GGUFSource:
         self.origin = origin
         self.parts: dict[str, list[GGUFTensor]] = {}
         self.params: dict[str, Param] = {}
-        known = {param.gguf: param for param in parameters(config, unused=True) if param.gguf}
-        known["output.weight"] = next(p for p in parameters(config, unused=True) if p.hf == "lm_head.weight")
+        table = parameters(config, unused=True)
+        known = {"output.weight" if p.hf == "lm_head.weight" else p.gguf: p for p in table}
         for name, tensor in file.tensors.items():
             if name in _OURS_TO_MAKE:
                 continue

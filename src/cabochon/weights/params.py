@@ -170,9 +170,12 @@ def _drafter(config: ModelConfig, drafter: DrafterConfig) -> Iterator[Param]:
     """An assistant's: its own text layers without keys and values, and the ways in and out of the target's width."""
     width, backbone = config.text.hidden_size, drafter.backbone_hidden_size
     for param in _text(config, "", "model."):
-        yield replace(param, part="drafter", gguf=None, shard=None, quantize=False)
-    yield Param("pre_projection.weight", (width, 2 * backbone), "pre_projection.weight", "drafter")
-    yield Param("post_projection.weight", (backbone, width), "post_projection.weight", "drafter")
+        yield replace(param, part="drafter", shard=None, quantize=False)
+    for name, shape in (
+        ("pre_projection.weight", (width, 2 * backbone)),
+        ("post_projection.weight", (backbone, width)),
+    ):
+        yield Param(name, shape, name, "drafter", f"nextn.{name}")
     if drafter.use_ordered_embeddings:
         name = "masked_embedding.centroids.weight"
         yield Param(name, (drafter.num_centroids, width), name, "drafter")
