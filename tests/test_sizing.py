@@ -21,15 +21,20 @@ from cabochon.config import read_config
 from cabochon.errors import CabochonError, InputError
 from cabochon.kv.layout import kv_groups, plan_pages
 from cabochon.kv.pool import PageStore
+from cabochon.llm.loading import build
+from cabochon.llm.prepare import prepare
 from cabochon.quant import QuantTensor
 from cabochon.sizing import Workload, hardware, plan, ranking, start, units
 from cabochon.sizing.memory import PAGE, measure, value_bytes
 from cabochon.sizing.report import tables
 from cabochon.sizing.speed import active_parameters, expected_tokens, speed, step_seconds
 from cabochon.variants import SIZES, find
+from cabochon.weights.checkpoint import open_checkpoint
+from cabochon.weights.compressed import save_compressed
+from cabochon.weights.gguf_write import save_gguf
 from cabochon.weights.params import parameters
 from support.toys import SIZES as TOYS
-from support.toys import toy_config
+from support.toys import toy_config, toy_model
 
 ROOT = Path(__file__).parents[1]
 CPU = replace(hardware.find("Raspberry Pi 5"), memory=64 << 30)
@@ -256,6 +261,35 @@ def test_the_floor_is_what_the_network_really_reads(size, format):
     padding = sum(weight.nbytes - told for weight, told in quantised(network, config, format))
     counted = weight_bytes(network) - vectors - padding + past_bytes(network, 1, 9)
     assert step_seconds(config, work, bytes_per_second, 1, 1) == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("format", ["gguf:q4_0", "gguf:q8_0", "ct:w4a16"])
+def test_a_file_is_planned_as_it_is_loaded(tmp_path, format):
+    """Predicted weights against the tensors in memory; blocks of q4_0 stay int4, everything else is expanded."""
+    network = toy_model("31B")
+    if format == "ct:w4a16":
+        path = tmp_path
+        save_compressed(path, network.config, pairs(network), format.removeprefix("ct:"))
+    else:
+        path = tmp_path / "toy.gguf"
+        weights = network.state_dict()
+        save_gguf(path, network.config, weights.__getitem__, format.removeprefix("gguf:"))
+    opened = open_checkpoint(path)
+    assert bool(opened.kept) == (format == "gguf:q4_0")
+    loaded = build(opened.config, opened.source, torch.device("cpu"), torch.bfloat16)
+    held = 0
+    for param in parameters(opened.config):
+        owner, _, leaf = param.name.rpartition(".")
+        held += getattr(loaded.get_submodule(owner), leaf).nbytes
+    planned = measure(opened.config, Workload(context=64, kept=opened.kept), CPU)
+    assert planned.on_device == held
+    assert prepare(path, "cpu", quantization="none").plan.memory.on_device == held
+    shown = CliRunner().invoke(app, ["plan", str(path), "--context", "64", "--json"])
+    assert json.loads(shown.output)["memory"]["on_device"] == held
+
+
+def pairs(network):
+    return ((param, network.state_dict()[param.name]) for param in parameters(network.config))
 
 
 def quantised(network, config, format):

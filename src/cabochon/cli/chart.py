@@ -56,9 +56,7 @@ def memory_chart(made: MemoryPlan, asked: str | ModelConfig) -> bytes:
     for part in range(5):
         size = top * part / 4
         draw.text((LEFT - 8, at(0, size)[1]), units.gib(size), fill="black", font=font, anchor="rm")
-    title = (
-        f"{made.model}, {made.work.quantization or made.work.dtype}, {made.work.users} users on {made.hardware.name}"
-    )
+    title = f"{made.model}, {made.work.precision}, {made.work.users} users on {made.hardware.name}"
     draw.text((LEFT, 18), title, fill="black", font=font)
     out = io.BytesIO()
     image.save(out, "PNG")

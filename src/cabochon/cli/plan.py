@@ -61,7 +61,8 @@ def plan(
             raise InputError("--plot and --html draw one model's plan; name the model")
         _rank(device, work, available, as_json)
         return
-    name, asked = _resolve(model)
+    name, asked, kept = _resolve(model)
+    work = replace(work, kept=kept)
     made = size(asked, device, work, available=available, name=name)
     others = _formats(asked, name, device, work, available) if compare else []
     if as_json:
@@ -73,17 +74,26 @@ def plan(
     _write(made, asked, plot, to_html)
 
 
-def _resolve(model: str) -> tuple[str, str | ModelConfig]:
-    """(name to print, what the planner takes). Folders and cached repositories are read; nothing is downloaded."""
+def _resolve(model: str) -> tuple[str, str | ModelConfig, frozenset[str]]:
+    """(name to print, what the planner takes, matrices that stay int4 as in the file).
+
+    Files, folders and cached repositories are read; nothing is downloaded.
+    """
     if (variant := variants.lookup(model)) is not None:
-        return variant.name, model
+        return variant.name, model, frozenset()
     if model.startswith("random:"):
         from ..weights.random import open_random
 
-        return model, open_random(model)[0]
+        return model, open_random(model)[0], frozenset()
     if Path(model).exists() or ("/" in model and variants.suggest(model) is None):
-        return model, read_config(hub.locate(model))
-    return variants.find(model).name, model
+        path = hub.locate(model)
+        if (path / "config.json").exists() or not (path.is_file() or any(path.glob("*.gguf"))):
+            return model, read_config(path), frozenset()
+        from ..weights.checkpoint import open_checkpoint
+
+        opened = open_checkpoint(path)
+        return model, opened.config, opened.kept
+    return variants.find(model).name, model, frozenset()
 
 
 def _rank(device: Hardware, work: Workload, available: int | None, as_json: bool) -> None:

@@ -33,7 +33,7 @@ def prepare(
     Raises:
         InputError: it can't fit; the message has the numbers and what would help.
     """
-    config, name = _config(model)
+    config, name, kept = _config(model)
     recipe = modelfile.made(model) if isinstance(model, str) else None
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
@@ -47,17 +47,19 @@ def prepare(
         name=name,
         dtype=None if dtype == "auto" else dtype,
         formats={"auto": (None, *QUANTIZED), "none": (None,)}.get(quantization, (quantization,)),
+        kept=kept,
         context=max_model_len,
         users=wishes.get("max_num_seqs"),
         kv_cache_dtype=wishes.get("kv_cache_dtype", "auto"),
     )
 
 
-def _config(model: str | Path | None) -> tuple[ModelConfig, str]:
+def _config(model: str | Path | None) -> tuple[ModelConfig, str, frozenset[str]]:
     if isinstance(model, str) and is_random(model):
-        return open_random(model)[0], model
+        return open_random(model)[0], model, frozenset()
     path = hub.locate(model)
-    return open_checkpoint(path).config, path.name
+    opened = open_checkpoint(path)
+    return opened.config, path.name, opened.kept
 
 
 def _device(device: str, share: float | None) -> Hardware:

@@ -42,7 +42,9 @@ class Workload:
     images: int = 0
     """Images in a conversation; their tokens count in the context."""
     quantization: str | None = None
-    """Format of the matrices; None: the type that the model runs in."""
+    """Format of the matrices; None: the type that the model runs in, but for what is `kept`."""
+    kept: frozenset[str] = frozenset()
+    """Matrices that the file brings as int4 and that stay it when no format is asked for (`Checkpoint.kept`)."""
     dtype: str = "bfloat16"
     kv_cache_dtype: CacheDtype = "auto"
     drafter: bool = False
@@ -50,6 +52,11 @@ class Workload:
     """Share of drafted tokens that the model accepts, each given that the ones before it were."""
     ranks: int = 1
     """Devices that split the model (tensor parallel)."""
+
+    @property
+    def precision(self) -> str:
+        """What most weights are kept in, for people."""
+        return self.quantization or ("int4 as stored" if self.kept else self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +157,28 @@ def weights(
 ) -> tuple[WeightPart, ...]:
     """Weights by part, on one rank, as they lie in memory after loading."""
     away = hardware is not None and hardware.kind == "gpu"
-    return _weights(config, drafter if work.drafter else None, work.dtype, work.quantization, work.ranks, away)
+    pair = drafter if work.drafter else None
+    return _weights(config, pair, work.dtype, work.quantization, work.kept, work.ranks, away)
 
 
 @lru_cache(maxsize=64)
 def _weights(
-    config: ModelConfig, drafter: ModelConfig | None, dtype: str, quantization: str | None, ranks: int, away: bool
+    config: ModelConfig,
+    drafter: ModelConfig | None,
+    dtype: str,
+    quantization: str | None,
+    kept: frozenset[str],
+    ranks: int,
+    away: bool,
 ) -> tuple[WeightPart, ...]:
     parts: dict[Part, WeightPart] = {}
     for param in (*parameters(config), *(parameters(drafter) if drafter else ())):
-        size = param.nbytes(dtype, quantization)
+        asked = stored_as(param, quantization, kept)
+        size = param.nbytes(dtype, asked)
         split = is_split(param, config, ranks)
         mine = size // ranks if split else size
         place: Place = "host" if away and param.part == "per_layer_embedding" else "device"
-        format = param.format(dtype, quantization).name
+        format = param.format(dtype, asked).name
         empty = WeightPart(param.part, 0, 0, 0, format, place)
         old = parts.get(param.part, empty)
         named = format if param.quantize else old.format
@@ -176,6 +191,11 @@ def _weights(
             place,
         )
     return tuple(parts.values())
+
+
+def stored_as(param: Param, quantization: str | None, kept: frozenset[str]) -> str | None:
+    """The quantised format that `param` has in memory; None: the type that the model runs in."""
+    return quantization or ("int4" if param.name in kept else None)
 
 
 def is_split(param: Param, config: ModelConfig, ranks: int) -> bool:

@@ -69,7 +69,7 @@ class MemoryPlan:
         at_most = f"at most {first.decode:,.0f} tokens/s for one user, {first.prefill:,.0f} tokens/s of prompt"
         return "\n".join(
             (
-                f"model    {self.model}, {self.work.quantization or self.work.dtype}: {weights} of weights",
+                f"model    {self.model}, {self.work.precision}: {weights} of weights",
                 f"cache    {self.pool_tokens:,} tokens: {self.most_users} users at {kilo(self.work.context)}",
                 f"memory   {self.verdict}",
                 f"speed    {at_most} ({self.hardware.name})",
@@ -81,7 +81,8 @@ class MemoryPlan:
         """Everything, for programs."""
         sizes = {key: getattr(self.memory, key) for key in ("on_device", "on_host", "total")}
         facts = {key: getattr(self, key) for key in ("fits", "verdict", "pool_tokens")}
-        return {**asdict(self), **facts, "memory": {**asdict(self.memory), **sizes}}
+        work = {**asdict(self.work), "kept": sorted(self.work.kept)}
+        return {**asdict(self), **facts, "work": work, "memory": {**asdict(self.memory), **sizes}}
 
 
 def plan(

@@ -107,7 +107,7 @@ def comparison(plans: list[MemoryPlan], title: str) -> Table:
     rows = tuple(
         (
             plan.model,
-            plan.work.quantization or plan.work.dtype,
+            plan.work.precision,
             gib(plan.memory.on_device),
             gib(plan.memory.total),
             kilo(plan.longest_context),

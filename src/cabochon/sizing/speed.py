@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..kv.layout import bytes_read
 from ..weights.params import Param, parameters
 from .hardware import Hardware
-from .memory import Workload, is_split, value_bytes
+from .memory import Workload, is_split, stored_as, value_bytes
 
 BATCHES = (1, 8, 64)
 PREFILL = 512
@@ -125,7 +125,7 @@ def _multiplied(config: ModelConfig) -> tuple[Param, ...]:
 
 
 def _mine(param: Param, config: ModelConfig, work: Workload) -> float:
-    size = param.nbytes(work.dtype, work.quantization)
+    size = param.nbytes(work.dtype, stored_as(param, work.quantization, work.kept))
     return size / work.ranks if is_split(param, config, work.ranks) else float(size)
 
 

@@ -48,6 +48,7 @@ def start(
     name: str,
     dtype: str | None = None,
     formats: tuple[str | None, ...] = (None, *QUANTIZED),
+    kept: frozenset[str] = frozenset(),
     context: int | None = None,
     users: int | None = None,
     kv_cache_dtype: CacheDtype = "auto",
@@ -55,7 +56,8 @@ def start(
 ) -> Start:
     """What to load and how. What is given stays; what is None is chosen, the mildest that fits.
 
-    `formats` are those that may be taken, the finest first; None is the type that the model runs in. The format is the
+    `formats` are those that may be taken, the finest first; None is the type that the model runs in, but for the
+    matrices in `kept`, which the file brings as int4. The format is the
     finest in which one user has the context (8k when none was given), the context the longest that
     one user can have, the users as many as fit at 8k (or at the context, if that is less), up to 64.
 
@@ -67,7 +69,11 @@ def start(
     sizer = Sizer(config, None, 0, hardware, usable)
     longest = config.text.max_position_embeddings
     asked = Workload(
-        min(longest, context or COMFORT), users or 1, dtype=dtype or config.dtype, kv_cache_dtype=kv_cache_dtype
+        context=min(longest, context or COMFORT),
+        users=users or 1,
+        kept=kept,
+        dtype=dtype or config.dtype,
+        kv_cache_dtype=kv_cache_dtype,
     )
     works = [replace(asked, quantization=format) for format in formats]
     work = next((each for each in works if sizer.fits(replace(each, users=1))), works[-1])

@@ -32,6 +32,11 @@ class Checkpoint:
     tokenizer: str | None = None
     template: str | None = None
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Our names of the matrices that stay in another maker's int4 when nothing else is asked for."""
+        return self.source.kept() if isinstance(self.source, GGUFSource) else frozenset()
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a folder with config.json, a folder with one GGUF model, or a .gguf file."""

@@ -57,15 +57,23 @@ class GGUFSource:
             param, tensor = self.towers[name]
             return tensor.dequantize() if param is None else restore(param, tensor)
         parts, param = self.parts[name], self.params.get(name)
-        if len(parts) == 1 and parts[0].kind.name == "Q4_0" and param is not None and param.quantize:
+        if _enters_as_int4(param, parts):
             return as_int4(parts[0])
         return torch.cat([part.dequantize() for part in parts], -2 if len(parts) > 1 else 0)
+
+    def kept(self) -> frozenset[str]:
+        """Our names of the matrices that enter as int4; all others are expanded."""
+        return frozenset(param.name for name, param in self.params.items() if _enters_as_int4(param, self.parts[name]))
 
     def formats(self) -> dict[str, str]:
         """Block type by published name, for people."""
         stored = {name: parts[0] for name, parts in self.parts.items()}
         stored |= {name: tensor for name, (_, tensor) in self.towers.items()}
         return {name: tensor.kind.name for name, tensor in stored.items()}
+
+
+def _enters_as_int4(param: Param | None, parts: list[GGUFTensor]) -> bool:
+    return param is not None and param.quantize and len(parts) == 1 and parts[0].kind.name == "Q4_0"
 
 
 def _placed(file: GGUFFile, config: ModelConfig) -> dict[str, tuple[Param | None, GGUFTensor]]:
