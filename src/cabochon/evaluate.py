@@ -122,7 +122,7 @@ def read_tasks(path: Path) -> list[Exercise]:
 
 def bundled() -> list[Exercise]:
     """What `--suite pebble` asks."""
-    return [*read_tasks(BUNDLED_TASKS), *(read_tasks(SHOWING_TASKS) if SHOWING_TASKS.exists() else ())]
+    return [*read_tasks(BUNDLED_TASKS), *read_tasks(SHOWING_TASKS)]
 
 
 def _read_line(line: str, where: str) -> Exercise:
