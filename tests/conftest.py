@@ -16,6 +16,10 @@ from hypothesis import settings
 # Toy models are fastest on one thread, and the suite itself runs on every core (pytest -n).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if not torch.cuda.is_available():
+    # Triton reads it once, when the first library that brings kernels of its own imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 SEED = os.environ.get("CABOCHON_TEST_SEED", "0")
 settings.register_profile("repeatable", derandomize=SEED == "0", database=None)
 settings.load_profile("repeatable")

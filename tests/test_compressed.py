@@ -1,6 +1,5 @@
 """compressed-tensors folders as we write them; `test_public_tools` shows that `transformers` reads them alike."""
 
-
 import pytest
 import torch
 

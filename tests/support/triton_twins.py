@@ -1,15 +1,12 @@
-"""The Triton kernels on whatever is here: without a GPU they run in Triton's interpreter, on the CPU."""
+"""The Triton kernels on whatever is here: without a GPU they run in Triton's interpreter, on the CPU (conftest.py)."""
 
 import importlib
-import os
 from types import ModuleType
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton): its kernels are not checked here")
 
