@@ -467,7 +467,9 @@ def test_responses_with_logprobs(base: str) -> None:
     for asked_for in (final, post(base, "/v1/responses", asked).json()):
         parts = [part for item in asked_for["output"] if item["type"] == "message" for part in item["content"]]
         for part in parts:
-            assert b"".join(bytes(e["bytes"]) for e in part["logprobs"]).decode(errors="replace") == part["text"]
+            # Bytes that are no letter show as one mark or as several: the tokenizer and Python differ there.
+            spelt = b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode(errors="ignore")
+            assert spelt == part["text"].replace("\ufffd", "")
             assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] <= 0 for entry in part["logprobs"])
     included = {**asked, "top_logprobs": None, "reasoning": None, "include": ["message.output_text.logprobs"]}
     (item, *_) = post(base, "/v1/responses", included).json()["output"]
