@@ -167,7 +167,7 @@ def test_three_calls_of_one_tool_stream_with_their_own_indices(base: str) -> Non
 def test_arguments_stream_as_they_are_written(base: str) -> None:
     text = {
         "type": "object",
-        "properties": {"text": {"type": "string", "minLength": 30, "maxLength": 60}},
+        "properties": {"text": {"type": "string", "minLength": 100, "maxLength": 200}},
         "required": ["text"],
     }
     tool = {"type": "function", "function": {"name": "say", "parameters": text}}
@@ -175,7 +175,7 @@ def test_arguments_stream_as_they_are_written(base: str) -> None:
     whole = flat(chat(base, **asked))
     chunks = stream(base, **asked)
     pieces = [call for c in chunks for o in c["choices"] for call in o["delta"].get("tool_calls", ())]
-    assert len(pieces) > 10
+    assert len(pieces) > 3  # a token of the toy may have a dozen letters, a piece more than one token
     assert [sorted(piece) for piece in pieces[:2]] == [["function", "id", "index", "type"], ["function", "index"]]
     assert join(chunks) == whole
     final = events(post(base, "/v1/responses", {
@@ -183,7 +183,7 @@ def test_arguments_stream_as_they_are_written(base: str) -> None:
         "tool_choice": "required", "parallel_tool_calls": False}))  # fmt: skip
     (item,) = final[-1]["response"]["output"]
     deltas = [event["delta"] for event in final if event["type"] == "response.function_call_arguments.delta"]
-    assert len(deltas) > 10 and "".join(deltas) == item["arguments"]
+    assert len(deltas) > 3 and "".join(deltas) == item["arguments"]
 
 
 def test_a_call_cut_by_length_is_no_call(base: str) -> None:
