@@ -110,6 +110,7 @@ class ResponseWriter:
                 case ArgumentsDelta():
                     written += self._argue(event)
                 case ToolCallDelta():
+                    self._waiting.clear()
                     written += self._end_call("completed")
                 case Warned(text):
                     self._warnings.append(text)
@@ -156,17 +157,21 @@ class ResponseWriter:
         return [*written, self._event("response.content_part.added", **self._place(), part=dict(part))]
 
     def _wait(self, logprobs: Iterable[TokenLogprob]) -> None:
-        """Keep those of the answer's tokens, not those of thoughts, calls and turn ends."""
-        tokens = self._tokenizer
+        """Keep those that text may yet show; what thoughts and calls swallow is dropped where they are written."""
         for one in logprobs:
-            if one.token_id in (tokens.channel_open, tokens.channel_close, tokens.tool_call_open):
+            if one.token_id == self._tokenizer.channel_close:
                 self._waiting.clear()
-            elif one.token_id not in tokens.control:
+            else:
                 self._waiting.append(one)
 
     def _say(self, text: str) -> list[dict[str, Any]]:
-        part, entries = self.output[-1]["content"][0], logprob_entries(self._tokenizer, self._waiting)
-        self._waiting.clear()
+        tokens, waiting = self._tokenizer, self._waiting
+        # Text that an opening marker sets free comes before it; the marker waits, for a broken call is shown as text.
+        keep = len(waiting) - 1 if waiting and waiting[-1].token_id == tokens.tool_call_open else len(waiting)
+        shown = (tokens.quote, tokens.tool_call_open, tokens.tool_call_close)
+        spoken = [one for one in waiting[:keep] if one.token_id in shown or one.token_id not in tokens.control]
+        self._waiting = waiting[keep:]
+        part, entries = self.output[-1]["content"][0], logprob_entries(tokens, spoken)
         part["text"] += text
         part["logprobs"] += entries
         return [self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)]
