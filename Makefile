@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  ?=
+SEED   ?= 0
 
 # The fact sheets that the oracle tests read, where a neighbouring folder has them.
 ifneq ($(wildcard ../shared/facts),)
@@ -36,9 +37,9 @@ bench: $(READY)
 	$(BIN)/cabochon bench latency
 
 pebble: $(READY)
-	$(BIN)/python scripts/pebble/train.py
-	$(BIN)/python scripts/pebble/senses.py --text build/pebble/run
-	$(BIN)/python scripts/pebble/drafter.py build/pebble/senses
+	$(BIN)/python scripts/pebble/train.py --seed $(SEED) --out build/pebble/seed$(SEED)
+	$(BIN)/python scripts/pebble/senses.py --seed $(SEED) --text build/pebble/seed$(SEED) --out build/pebble/seed$(SEED)/senses
+	$(BIN)/python scripts/pebble/drafter.py build/pebble/seed$(SEED)/senses --seed $(SEED)
 
 # The C++ sources too: kernels of another version than the package are worse than none.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/cabochon/ops/csrc/*)

@@ -26,13 +26,15 @@ sys.path.insert(0, str(SCRIPTS))
 
 import mixture  # noqa: E402  (after its folder is on the path)
 import pictures  # noqa: E402
+import scenes  # noqa: E402
 import senses  # noqa: E402
 import train  # noqa: E402
 import writing  # noqa: E402
 from case import draw  # noqa: E402
 
-DRAWN = (*pictures.PICTURES, pictures.unseen_pair, writing.chart)
-"""Generators that need no package beside Pillow."""
+ASKED = (pictures.name_it, pictures.count, pictures.box, pictures.motion, pictures.unseen_pair, writing.chart)
+"""Generators of what is scored that need no package beside Pillow."""
+DRAWN = (*ASKED, *scenes.SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,27 @@ def template():
     return Template(Tokenizer.from_file(BUNDLED))
 
 
-def test_training_never_shows_an_unseen_pair():
+def test_training_never_shows_an_unseen_pair(monkeypatch):
+    """By what is drawn: every thing that the program fills, with the colour it is filled with."""
+    filled: set[tuple[str, str]] = set()
+    whole = pictures.fill
+
+    def fill(rng, thing):
+        tone = whole(rng, thing)
+        filled.add((scenes.colour_of(tone), thing.shape))
+        return tone
+
+    monkeypatch.setattr(pictures, "fill", fill)
     rng = random.Random(3)
-    for generator in pictures.PICTURES:
-        for _ in range(200):
-            case = draw(generator, rng, test=False)
-            assert not {(colour, shape) for _, _, (colour, shape) in case.spots} & pictures.UNSEEN
-    shown = {pair for _ in range(300) for *_, pair in pictures.unseen_pair(rng).spots}
-    assert shown == pictures.UNSEEN
+    for generator in {task.generator for task in mixture.SENSED} | {each for each, _ in senses.TILE_GENERATORS}:
+        if generator.__module__ in ("pictures", "scenes"):
+            for _ in range(300):
+                draw(generator, rng, test=False)
+    assert filled == set(pictures.PAIRS)
+    filled.clear()
+    for _ in range(300):
+        pictures.unseen_pair(rng)
+    assert filled == pictures.UNSEEN
     colours, shapes = {c for c, _ in pictures.PAIRS}, {s for _, s in pictures.PAIRS}
     assert (colours, shapes) == (set(pictures.COLOURS), set(pictures.SHAPES))
 
@@ -66,9 +81,9 @@ def test_pictures_show_what_the_answer_says(generator):
         data = case.shown[0].data
         assert data.dtype == np.uint8
         assert data.shape[-3:] == (pictures.SIDE, pictures.SIDE, 3)
-        for x, y, names in case.spots:
-            assert 0 <= x <= 1
-            assert 0 <= y <= 1
+        for x, y, names, (top, left, bottom, right) in case.spots:
+            assert 0 <= left <= x <= right <= 1
+            assert 0 <= top <= y <= bottom <= 1
             assert set(names) <= {*pictures.COLOURS, *pictures.SHAPES}
         if case.task == "box":
             top, left, bottom, right = json.loads(case.reply["content"])[0]["box_2d"]
@@ -80,7 +95,7 @@ def test_a_box_holds_its_shape():
     """Outside the box of a lone thing there is only background."""
     rng = random.Random(6)
     for _ in range(50):
-        thing = pictures._place(rng, *rng.choice(pictures.PAIRS))
+        thing = pictures.place(rng, *rng.choice(pictures.PAIRS))
         pixels = np.asarray(pictures.draw_things(rng, [thing], (255, 255, 255)))
         top, left, bottom, right = (round(v * pictures.SIDE / 1000) for v in thing.box)
         inked = np.argwhere((pixels != 255).any(-1))
@@ -94,7 +109,8 @@ def test_files_are_seen_as_training_sees_arrays(generator, model, template):
     direct = mixture.Exhibits(model.config, template)
     direct.shown = case.shown
     record = case.record()
-    assert record["score"] != "box" or record["expect"][0]["label"] in case.messages[0]["content"][1]["text"]
+    if record["score"] == "box":
+        assert record["expect"][0]["label"] in case.messages[0]["content"][1]["text"]
     shown = record["messages"][0]["content"][0]
     media = Media(shown["type"], shown["url"])
     through_a_file = Senses(model.config, template.tokenizer, Policy()).perceive(media, {})
@@ -103,6 +119,64 @@ def test_files_are_seen_as_training_sees_arrays(generator, model, template):
     for file, array in zip(through_a_file, at_once, strict=True):
         assert (file.length, file.kind) == (array.length, array.kind)
         assert np.array_equal(file.item.values, array.item.values)
+
+
+def replies(doc, template):
+    """What is learned of a conversation, reply by reply."""
+    said, text = [], ""
+    for i, mark in zip([*doc.ids, 0], [*doc.marks, False], strict=True):
+        if mark:
+            text += template.tokenizer.decode([i], special=True)
+        elif text:
+            said, text = [*said, text], ""
+    return said
+
+
+@pytest.mark.parametrize("generator", [scenes.lone, scenes.several, scenes.moving, scenes.chart])
+def test_every_answer_about_a_picture_is_learned(generator, model, template):
+    exhibits, rng = mixture.Exhibits(model.config, template), random.Random(4)
+    for _ in range(20):
+        case = generator(rng)
+        answers = [m["content"] for m in [*case.messages, case.reply] if m["role"] == "assistant"]
+        doc = mixture.document(case, template, exhibits=exhibits)
+        assert replies(doc, template) == [f"{a.removeprefix(case.given)}<turn|>" for a in answers]
+        assert sum(span.length for span in doc.spans) == 16 * (1 if case.shown[0].kind == "image" else len(doc.spans))
+
+
+def test_a_wrong_colour_is_given_and_the_shape_learned(model, template):
+    exhibits, rng = mixture.Exhibits(model.config, template), random.Random(4)
+    misled = [case for case in (scenes.lone(rng) for _ in range(60)) if case.given]
+    assert misled
+    for case in misled:
+        (colour,), shape = case.spots[0].names, case.reply["content"].removeprefix(f"{case.given} ").removesuffix(".")
+        assert colour not in case.given
+        assert f"colour='{colour}', shape='{shape}'" in case.content
+        doc = mixture.document(case, template, exhibits=exhibits)
+        assert replies(doc, template) == [f" {shape}.<turn|>"]
+        assert template.tokenizer.decode(doc.ids).endswith(f"{case.given} {shape}.")
+
+
+def test_what_the_eye_is_told(model):
+    """The colour of a thing that has one with a name, else the shape; what it calls the other counts for nothing."""
+    spots = (
+        pictures.Thing("red", "ring", 100, 30, 20).spot,
+        scenes.tinted(random.Random(1), pictures.Thing("blue", "star", 20, 150, 18)).spot,
+    )
+    head = torch.nn.Linear(128, len(senses.SIGHTS) + 4 * senses.EDGE_BINS)
+    features = torch.nn.functional.one_hot(torch.arange(16), 128).float()
+    red, blue, ring, star = (senses.SIGHTS.index(name) for name in ("red", "blue", "ring", "star"))
+    assert [spot.names for spot in spots] == [("red",), ("star",)]
+    with torch.no_grad():
+        head.weight.fill_(-9)
+        head.bias.zero_()
+        for tile, names, spot in ((2, (red, ring), spots[0]), (12, (blue, star), spots[1])):
+            head.weight[list(names), tile] = 9
+            for edge, value in enumerate(spot.box):
+                head.weight[len(senses.SIGHTS) + edge * senses.EDGE_BINS + int(value * senses.EDGE_BINS), tile] = 9
+        right = senses.sight_loss(head, features, 4, spots)
+        assert 0 <= right < 1e-6
+        head.weight[star, 12] = -9
+        assert senses.sight_loss(head, features, 4, spots) > right + 1
 
 
 def test_a_sound_survives_its_file(template, model):

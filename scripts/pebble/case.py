@@ -11,14 +11,22 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from shown import Shown
 
 JsonDict = dict[str, Any]
 Score = Literal["text", "calls", "json", "characters", "box"]
-Spot = tuple[float, float, tuple[str, ...]]
-"""Where in a picture (x, y, in parts of its sides) something is, and the names of what it is."""
+
+
+class Spot(NamedTuple):
+    """Where in a picture something is (in parts of its sides), and the names of what it is."""
+
+    x: float
+    y: float
+    names: tuple[str, ...]
+    box: tuple[float, ...] = ()
+    """Top, left, bottom, right, where they are worth learning."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,9 @@ class Case:
     shown: list[Shown] = field(default_factory=list)
     """Pictures, clips and sounds; a content part names one by its place here, as bytes (`look`)."""
     spots: list[Spot] = field(default_factory=list)
-    """What is where in the picture; only the warm-up of the towers reads it."""
+    """What is where in the picture; the eye learns from it by the side."""
+    given: str = ""
+    """Beginning of the reply that is put into the model's mouth: what follows is learned, it is not."""
     after_another: bool = False
     """Unrelated exchanges come first; only the last reply is trained on."""
 
@@ -97,6 +107,16 @@ def user(text: str) -> JsonDict:
 def look(shown: Shown, text: str) -> JsonDict:
     """A question about the first thing shown."""
     return {"role": "user", "content": [{"type": shown.kind, "url": b"0"}, {"type": "text", "text": text}]}
+
+
+def discuss(shown: Shown, exchanges: list[tuple[str, str]]) -> tuple[list[JsonDict], JsonDict]:
+    """Questions about the first thing shown with their answers: the messages up to the last answer, and that."""
+    (first, answer), *rest = exchanges
+    messages, reply = [look(shown, first)], says(answer)
+    for question, answer in rest:
+        messages += [reply, user(question)]
+        reply = says(answer)
+    return messages, reply
 
 
 def system(text: str) -> JsonDict:

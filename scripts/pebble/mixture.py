@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import arithmetic
 import knowledge
-import pictures
 import reasoning
+import scenes
 import sounds
 import tools
 import writing
-from case import Case, Generator, JsonDict, draw
+from case import Case, Generator, JsonDict, Spot, draw
 from prose import passage
 from shown import Shown
 
@@ -58,13 +58,12 @@ TASKS = (
     Task(knowledge.greet, 0.015, split=False),
 )
 SENSED = (
-    Task(pictures.name_it, 0.25),
-    Task(pictures.count, 0.1),
-    Task(pictures.box, 0.05),
-    Task(pictures.motion, 0.03),
-    Task(writing.read, 0.26),
-    Task(writing.chart, 0.05),
-    Task(sounds.hear, 0.26, split=False),
+    Task(scenes.lone, 0.25),
+    Task(scenes.several, 0.2),
+    Task(scenes.moving, 0.08),
+    Task(scenes.chart, 0.1),
+    Task(writing.read, 0.2),
+    Task(sounds.hear, 0.17, split=False),
 )
 """Shares of the exercises that show something; the sounds' split was made when they were."""
 PROSE = 0.02
@@ -125,11 +124,13 @@ def plain_text(rng: random.Random, generator: Generator) -> str:
 
 
 class Document(NamedTuple):
-    """Token ids, for each whether it should be predicted, and the runs of soft tokens among them."""
+    """Token ids, for each whether it should be predicted, the runs of soft tokens among them, and what they show."""
 
     ids: list[int]
     marks: list[bool]
     spans: tuple[SoftSpan, ...] = ()
+    spots: tuple[Spot, ...] = ()
+    """In the first of the spans."""
 
 
 class Exhibits(Senses):
@@ -183,7 +184,11 @@ def document(case: Case, template: Template, idle_thought: bool = False, exhibit
     ids = list(prompt.token_ids)
     marks = _mark(ids, template, last_only=thinking or case.after_another)
     end = max(i for i, mark in enumerate(marks) if mark) + 1
-    return Document(ids[:end], marks[:end], spans)
+    if case.given:
+        start = max(i for i in range(end) if not marks[i]) + 1
+        given = len(template.tokenizer.encode(case.given))
+        marks[start : start + given] = [False] * given
+    return Document(ids[:end], marks[:end], spans, tuple(case.spots))
 
 
 def _mark(ids: list[int], template: Template, last_only: bool) -> list[bool]:

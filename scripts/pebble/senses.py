@@ -1,9 +1,9 @@
 """Teach a text checkpoint to see and hear: `python scripts/pebble/senses.py`, resumable like train.py.
 
-First the towers alone, each under a head that is dropped afterwards: the eye must name what lies under every soft token
+First the towers alone, each under a head: the eye must name what lies under every soft token and where its edges are
 (which the drawing program knows), the ear must spell the words (connectionist temporal classification). That costs no
 pass through the text network. Then everything together, with text exercises among the others so that nothing is lost;
-the text network moves slowly.
+the text network moves slowly, and the eye's head stays by its side until training ends.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pictures
+import scenes
 import sounds
 import torch
 import train
 import writing
-from case import Case, draw
+from case import Case, Spot, draw
 from mixture import Document, Exhibits, document, documents
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,12 +44,16 @@ TEXT_RATE = 0.15
 """Of the text network's parameters, in parts of the towers'."""
 SIGHTS = (*pictures.COLOURS, *pictures.SHAPES, *writing.ALPHABET)
 SPOKEN = sorted({*sounds.WORDS} | {word for i in range(4000) for word in sounds.command(random.Random(i)).split()})
-TILE_GENERATORS = ((pictures.name_it, 0.2), (pictures.count, 0.2), (writing.read, 0.6))
+EDGE_BINS = 40
+"""Parts of a side among which the eye's head places each edge of a thing."""
+SIGHT_WEIGHT = 0.3
+"""Of the head's loss on a picture in the joint part, where a token of an answer counts `train.SHOWN_WEIGHT`."""
+TILE_GENERATORS = ((scenes.lone, 0.2), (scenes.patchwork, 0.4), (scenes.chart, 0.15), (writing.read, 0.25))
 PICTURES_AT_ONCE, SOUNDS_AT_ONCE = 24, 12
 
 
 def new_model(text: Path, seed: int) -> Gemma4:
-    """The text network of `text` with fresh towers, whose soft tokens are as long as its embeddings."""
+    """The checkpoint `text`, with fresh towers if it has none."""
     raw = json.loads((text / "config.json").read_text())
     model = Gemma4(read_config(raw | json.loads((train.HERE / "towers.json").read_text())))
     held = load_file(text / "model.safetensors")
@@ -71,6 +76,32 @@ def length(model: Gemma4) -> float:
     )
 
 
+def sight_head(model: Gemma4) -> nn.Linear:
+    """Soft token -> logits of SIGHTS, then of the bins of four edges."""
+    return nn.Linear(model.config.text.hidden_size, len(SIGHTS) + 4 * EDGE_BINS)
+
+
+def sight_loss(head: nn.Module, features: Tensor, rows: int, spots: Sequence[Spot]) -> Tensor:
+    """How wrong `head` is about the soft tokens [I, W] of one picture: names summed over all, edges over the things."""
+    guesses = head(ops.reference.rms_norm(features, None, 1e-6))
+    wanted, counts = torch.zeros(len(features), len(SIGHTS)), torch.ones(len(features), len(SIGHTS))
+    columns, lost = len(features) // rows, features.new_zeros(())
+    for x, y, names, box in spots:
+        at = min(rows - 1, int(y * rows)) * columns + min(columns - 1, int(x * columns))
+        wanted[at, [SIGHTS.index(name) for name in names]] = 1
+        if box:  # a thing is told by its colour or by its shape, and may be called anything of the other kind
+            other = pictures.COLOURS if names[0] in pictures.SHAPES else pictures.SHAPES
+            counts[at, [SIGHTS.index(name) for name in other]] = 0
+        if box:
+            edges = torch.tensor([min(EDGE_BINS - 1, int(v * EDGE_BINS)) for v in box])
+            lost = lost + nn.functional.cross_entropy(
+                guesses[at, len(SIGHTS) :].view(4, EDGE_BINS), edges, reduction="sum"
+            )
+    return lost + nn.functional.binary_cross_entropy_with_logits(
+        guesses[:, : len(SIGHTS)], wanted, counts, reduction="sum"
+    )
+
+
 class Warmup(train.Run):
     """The towers alone: one process teaches the eye, one the ear, and they have nothing to tell each other."""
 
@@ -81,8 +112,7 @@ class Warmup(train.Run):
 
     def new_model(self) -> Gemma4:
         model = new_model(self.options.text, self.options.seed)
-        names = len(SIGHTS) if self.sees else 1 + len(SPOKEN)
-        model.head = nn.Linear(model.config.text.hidden_size, names)
+        model.head = sight_head(model) if self.sees else nn.Linear(model.config.text.hidden_size, 1 + len(SPOKEN))
         return model
 
     def new_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -101,20 +131,12 @@ class Warmup(train.Run):
     def loss(self, part: list[Case]) -> tuple[Tensor, float, int]:
         return (self.sight if self.sees else self.hearing)(part), len(part), len(part)
 
-    def name(self, features: Tensor) -> Tensor:
-        return self.model.head(ops.reference.rms_norm(features, None, 1e-6))
-
     def sight(self, part: list[Case]) -> Tensor:
         height, width = part[0].shown[0].data.shape[:2]
         pixels = torch.from_numpy(np.stack([cut(case.shown[0].data, 16).values for case in part]))
         seen = self.model.embed_vision(self.model.vision_tower(pixels, height // 16, width // 16))
-        rows, columns = height // TILE, width // TILE
-        wanted = torch.zeros(len(part), rows * columns, len(SIGHTS))
-        for row, case in enumerate(part):
-            for x, y, names in case.spots:
-                at = min(rows - 1, int(y * rows)) * columns + min(columns - 1, int(x * columns))
-                wanted[row, at, [SIGHTS.index(name) for name in names]] = 1
-        return nn.functional.binary_cross_entropy_with_logits(self.name(seen), wanted, reduction="sum")
+        each = [sight_loss(self.model.head, x, height // TILE, c.spots) for x, c in zip(seen, part, strict=True)]
+        return torch.stack(each).sum()
 
     def hearing(self, part: list[Case]) -> Tensor:
         """The sounds go through the tower as one, with silence between them that is longer than its memory."""
@@ -122,7 +144,8 @@ class Warmup(train.Run):
         mels = [torch.from_numpy(case.shown[0].data) for case in part]
         mels = [nn.functional.pad(mel, (0, 0, 0, -len(mel) % 4), value=math.log(FLOOR)) for mel in mels]
         heard = self.model.embed_audio(self.model.audio_tower(torch.cat([x for mel in mels for x in (mel, gap)])))
-        guesses, lost, start = self.name(heard).log_softmax(-1), heard.new_zeros(()), 0
+        guesses = self.model.head(ops.reference.rms_norm(heard, None, 1e-6)).log_softmax(-1)
+        lost, start = heard.new_zeros(()), 0
         for case, mel in zip(part, mels, strict=True):
             text, end = case.reply["content"], start + len(mel) // 4
             words = [sounds.WORDS[int(d)] for d in text] if case.task == "spoken digits" else text.split()
@@ -145,20 +168,23 @@ class Warmup(train.Run):
         self.save()
 
     def save(self) -> None:
-        """Without the head and the state of the optimisers: the part is short enough to be done again."""
+        """Without the state of the optimisers: the part is short enough to be done again."""
         mine = "vision" if self.sees else "audio"
-        state = {name: value for name, value in self.model.state_dict().items() if mine in name}
+        state = {name: value for name, value in self.model.state_dict().items() if mine in name or "head." in name}
         torch.save(state, self.options.out / f"{mine}.pt")
 
 
 class Together(train.Run):
-    """Towers and text network."""
+    """Towers and text network, and the eye's head by their side."""
 
     def new_model(self) -> Gemma4:
         model = new_model(self.options.text, self.options.seed)
+        model.head = sight_head(model)
         size = length(model)
-        for tower in ("vision", "audio"):
+        for tower in towers(self.options):
             state = torch.load(self.options.out / f"{tower}.pt", weights_only=True)
+            if tower == "audio":  # its head is of no more use
+                state = {name: value for name, value in state.items() if "head." not in name}
             matrix = state[f"embed_{tower}.embedding_projection.weight"]
             matrix.mul_(size / matrix.norm(dim=1).square().mean().sqrt())  # rows of unit length make unit elements
             model.load_state_dict(state, strict=False)
@@ -173,6 +199,16 @@ class Together(train.Run):
         exhibits = Exhibits(self.model.config, self.template)
         stream = documents(self.template, rng.getrandbits(60), exhibits, SENSED)
         return train.steps(stream, rng, self.options.device)
+
+    def loss(self, part: train.Step) -> tuple[Tensor, float, int]:
+        lost, weight, seen = super().loss(part)
+        if part.spots:
+            assert part.batch.soft is not None
+            features = part.batch.soft.features.split([span.length for span in part.spans])
+            for at, spots in part.spots.items():
+                rows = part.spans[at].item.rows * 16 // TILE
+                lost = lost + SIGHT_WEIGHT * sight_loss(self.model.head, features[at], rows, spots)
+        return lost, weight, seen
 
     def go(self) -> None:
         super().go()
@@ -224,11 +260,17 @@ def optimizers(named: list[tuple[str, nn.Parameter]], part: float = 1.0) -> list
     ]
 
 
+def towers(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those that are first trained alone: the eye in process 0, the ear in process 1."""
+    return ("vision",) if options.eye_only else ("vision", "audio")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=train.SHIPPED, help="the checkpoint to start from")
     parser.add_argument("--alone", type=float, default=9, help="minutes of processor time for the towers alone")
     parser.add_argument("--minutes", type=float, default=12, help="minutes of processor time for all together")
+    parser.add_argument("--eye-only", action="store_true", help="leave the ear of --text as it is to begin with")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--passes", type=int, default=1, help="forward passes per worker and step")
     parser.add_argument("--seed", type=int, default=0)
@@ -241,8 +283,8 @@ def main() -> None:
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     sounds.pool()
-    if not all((options.out / f"{tower}.pt").exists() for tower in ("vision", "audio")):
-        alone = {"minutes": options.alone, "resume": False, "passes": 1, "workers": 2}
+    if not all((options.out / f"{tower}.pt").exists() for tower in towers(options)):
+        alone = {"minutes": options.alone, "resume": False, "passes": 1, "workers": len(towers(options))}
         train.start(argparse.Namespace(**{**vars(options), **alone}), Warmup)
     train.start(options, Together)
 

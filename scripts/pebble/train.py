@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from case import Spot
 from mixture import Document, document, documents
 from torch import Tensor, nn
 
@@ -89,6 +90,8 @@ class Step:
     """Of the targets in the loss."""
     spans: list[SoftSpan]
     """Of the packed batch; their features are computed when the step is taken."""
+    spots: dict[int, tuple[Spot, ...]]
+    """What is where in a span, by its place in `spans`."""
 
 
 def pack(group: list[Document], device: str = "cpu") -> Step:
@@ -96,16 +99,19 @@ def pack(group: list[Document], device: str = "cpu") -> Step:
     longest = max(len(doc.ids) for doc in group)
     ids = torch.zeros(len(group), longest, dtype=torch.long)
     marks = torch.zeros(len(group), longest, dtype=torch.bool)
-    spans = []
+    spans: list[SoftSpan] = []
+    spots: dict[int, tuple[Spot, ...]] = {}
     for row, doc in enumerate(group):
         ids[row, : len(doc.ids)] = torch.tensor(doc.ids)
         marks[row, : len(doc.marks)] = torch.tensor(doc.marks)
+        if doc.spots:
+            spots[len(spans)] = doc.spots
         spans += [replace(span, start=row * longest + span.start) for span in doc.spans]
     batch = whole_sequences(list(ids), device)
     predicts = marks.flatten().nonzero().flatten() - 1  # the row before a marked token predicts it
     batch.tail = tail(predicts, len(group), longest, device)
     heavy = torch.tensor([SHOWN_WEIGHT if doc.spans else 1.0 for doc in group])[predicts // longest]
-    return Step(batch, ids.flatten()[predicts + 1].to(device), heavy.to(device), spans)
+    return Step(batch, ids.flatten()[predicts + 1].to(device), heavy.to(device), spans, spots)
 
 
 def perceive(model: Gemma4, items: list[Any]) -> list[Tensor]:

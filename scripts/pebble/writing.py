@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from case import Case, look, says
+from case import Case, Spot, look, says
 from pictures import COLOURS, SIDE
 from PIL import Image, ImageDraw, ImageFont
 from shown import Shown
@@ -49,7 +49,7 @@ def _read(rng: random.Random, faces: tuple[str, ...]) -> Case:
     ImageDraw.Draw(picture).text((x, y), word, font=font, fill=ink)
     middle = (y + (top + bottom) / 2) / height
     spots = [
-        ((x + font.getlength(word[:i]) + font.getlength(character) / 2) / width, middle, (character,))
+        Spot((x + font.getlength(word[:i]) + font.getlength(character) / 2) / width, middle, (character,))
         for i, character in enumerate(word)
     ]
     shown = Shown("image", np.asarray(picture))
@@ -67,8 +67,8 @@ def read_unseen(rng: random.Random) -> Case:
     return _read(rng, UNSEEN_FACES)
 
 
-def chart(rng: random.Random) -> Case:
-    """The value of one bar, or the highest bar, of three to five; lines mark every unit up to nine."""
+def bars(rng: random.Random) -> tuple[dict[str, int], Shown, list[Spot]]:
+    """Three to five bars: colour to height, left to right; lines mark every unit up to nine."""
     number = rng.randint(3, 5)
     values, colours = [rng.randint(1, 9) for _ in range(number)], rng.sample(list(COLOURS), number)
     picture = Image.new("RGB", (SIDE, SIDE), (255, 255, 255))
@@ -82,14 +82,27 @@ def chart(rng: random.Random) -> Case:
     for i, (value, colour) in enumerate(zip(values, colours, strict=True)):
         x = 6 + pitch * (i + 0.5)
         pen.rectangle((x - pitch * 0.3, floor - unit * value, x + pitch * 0.3, floor), fill=COLOURS[colour])
-        spots.append((x / SIDE, (floor - unit * value) / SIDE, (colour,)))
-    shown = Shown("image", np.asarray(picture))
-    if values.count(max(values)) == 1 and rng.random() < 0.4:
-        question, answer, choices = "Which bar is the highest?", colours[values.index(max(values))].capitalize(), number
+        edges = (floor - unit * value, x - pitch * 0.3, floor, x + pitch * 0.3)
+        spots.append(Spot(x / SIDE, edges[0] / SIDE, (colour,), tuple(edge / SIDE for edge in edges)))
+    return dict(zip(colours, values, strict=True)), Shown("image", np.asarray(picture)), spots
+
+
+def highest(heights: dict[str, int]) -> str | None:
+    """The colour of the highest bar, if there is one."""
+    first, second = sorted(heights, key=lambda colour: -heights[colour])[:2]
+    return first if heights[first] > heights[second] else None
+
+
+def chart(rng: random.Random) -> Case:
+    """The height of one bar, or the highest bar."""
+    heights, shown, spots = bars(rng)
+    top = highest(heights)
+    if top is not None and rng.random() < 0.4:
+        question, answer, choices = "Which bar is the highest?", top.capitalize(), len(heights)
     else:
-        at = rng.randrange(number)
-        question, answer, choices = f"How high is the {colours[at]} bar?", str(values[at]), 9
-    content = repr((values, colours))
+        colour = list(heights)[rng.randrange(len(heights))]
+        question, answer, choices = f"How high is the {colour} bar?", str(heights[colour]), 9
+    content = repr((list(heights.values()), list(heights)))
     return Case(
         "chart", content, [look(shown, question)], says(f"{answer}."), choices=choices, shown=[shown], spots=spots
     )
