@@ -170,6 +170,21 @@ def test_boxes():
         assert not right(Reply(reply), wanted)
 
 
+def test_two_trainings_side_by_side():
+    import spread
+
+    def line(right):
+        return evaluate.Line("t", 100, right, *evaluate.wilson(right, 100), 0.0, None, None)
+
+    near, far = (line(90), line(86)), (line(90), line(70))
+    assert spread.agree(*near)
+    assert not spread.agree(*far)
+    assert not spread.agree(line(100), line(97))  # only one of them lies in the other's interval
+    assert spread.table(("a", "b"), ([near[0]], [near[1]])).splitlines()[2:] == [
+        "| t | 90.0% (82.6% to 94.5%) | 86.0% (77.9% to 91.5%) | yes |"
+    ]
+
+
 def test_guessing():
     def exercises(expected, **more):
         return [evaluate.Exercise("t", [], e, **more) for e in expected]

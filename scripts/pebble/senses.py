@@ -37,7 +37,7 @@ from cabochon.model.layers import ClippedLinear
 from cabochon.weights.params import parameters
 from cabochon.weights.random import calm_tensor
 
-OUT = train.HERE.parents[1] / "build" / "pebble" / "senses"
+OUT = train.RUN / "senses"
 SENSED = 0.8
 """Of the conversations in the joint part."""
 TEXT_RATE = 0.15

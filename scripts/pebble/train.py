@@ -42,7 +42,7 @@ from cabochon.weights.random import calm_tensor
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parents[1] / "src" / "cabochon" / "pebble"
-RUN = HERE.parents[1] / "build" / "pebble" / "run"
+RUN = HERE.parents[1] / "build" / "pebble" / "seed0"
 
 TOKENS_AT_ONCE = 2048
 """Of one forward pass; documents of like length go together."""
