@@ -59,11 +59,12 @@ TASKS = (
 )
 SENSED = (
     Task(scenes.lone, 0.25),
-    Task(scenes.several, 0.2),
+    Task(scenes.several, 0.15),
+    Task(scenes.patchwork, 0.1),
     Task(scenes.moving, 0.08),
     Task(scenes.chart, 0.1),
-    Task(writing.read, 0.2),
-    Task(sounds.hear, 0.17, split=False),
+    Task(writing.read, 0.18),
+    Task(sounds.hear, 0.14, split=False),
 )
 """Shares of the exercises that show something; the sounds' split was made when they were."""
 PROSE = 0.02

@@ -157,10 +157,14 @@ def chart(rng: random.Random) -> Case:
 
 
 def patchwork(rng: random.Random) -> Case:
-    """Two to seven things, many of any colour: for the eye alone, nothing is asked."""
+    """Two to seven things, many in any colour: how many there are of a shape, and where those are that are alone."""
     things = pictures.apart(rng, [rng.choice(PAIRS) for _ in range(rng.randint(2, 7))], 17, 36)
     things = [tinted(rng, thing) if rng.random() < TINTED else thing for thing in things]
-    return _case(rng, "patchwork", things, [("What do you see?", "Things.")])
+    shapes = Counter(thing.shape for thing in things)
+    exchanges = [(pictures.ask_number(rng, shape), f"{number}.") for shape, number in shapes.items()]
+    exchanges += [_box(thing, thing.shape) for thing in things if shapes[thing.shape] == 1][:2]
+    rng.shuffle(exchanges)
+    return _case(rng, "patchwork", things, exchanges[: rng.randint(1, MOST)])
 
 
-SCENES: tuple[Callable[[random.Random], Case], ...] = (lone, several, moving, chart, patchwork)
+SCENES: tuple[Callable[[random.Random], Case], ...] = (lone, several, patchwork, moving, chart)
