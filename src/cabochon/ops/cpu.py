@@ -54,6 +54,10 @@ def use(name: str) -> None:
         _cpu.use(name)
 
 
+tiles_refused = ""
+"""Why the AMX tiles of this CPU are left alone; empty where nothing keeps them from use, or there are none."""
+if _cpu is not None and os.environ.get("CABOCHON_ISA", "amx") == "amx":
+    tiles_refused = _cpu.admit_tiles()
 if "CABOCHON_ISA" in os.environ:
     use(os.environ["CABOCHON_ISA"])
 

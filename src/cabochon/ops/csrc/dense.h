@@ -4,7 +4,7 @@
 // in a fixed tree: a row's result is the same bits whatever rows go beside it.
 #pragma once
 
-#include "integer.h"
+#include "integer_tiles.h"
 
 namespace {
 
@@ -135,8 +135,8 @@ void widened_block(const Operand& x, long first, long last, const Matrix& w, lon
 
 // out [last - first, 64] float32, whatever the weight is.
 void block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
-    if (w.format == INT8) return integer_block<INT8>(x, first, last, w, output, out);
-    if (w.format == INT4) return integer_block<INT4>(x, first, last, w, output, out);
+    if (w.format == INT8) return integer_product<INT8>(x, first, last, w, output, out);
+    if (w.format == INT4) return integer_product<INT4>(x, first, last, w, output, out);
     if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, out);
     if constexpr (WIDENED<Bf16>)
         widened_block(x, first, last, w, output, out);

@@ -4,11 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-#include "ops.h"
+#include "amx.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -21,24 +17,37 @@ struct Isa {
     bool supported;
 };
 
-// Best first.
+bool tiles_admitted = false;
+
+// Best first; the emulated one, which tests compare with, last.
 std::vector<Isa> isas() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     const bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    return {{&avx512_bf16, wide && __builtin_cpu_supports("avx512bf16")}, {&avx512, wide}, {&avx2, half}, {&plain, true}};
+    const bool wide_bf16 = wide && __builtin_cpu_supports("avx512bf16");
+    return {
+#if CABOCHON_HAS_AMX
+        {&amx, wide_bf16 && tiles_admitted},
+#endif
+        {&avx512_bf16, wide_bf16}, {&avx512, wide}, {&avx2, half}, {&plain, true},
+#if CABOCHON_EMULATED_AMX
+        {&amx_emulated, wide_bf16},
+#endif
+    };
 #else
     return {{&plain, true}};
 #endif
 }
 
-const Ops* active = [] {
+const Ops* best() {
     for (const Isa& isa : isas())
         if (isa.supported) return isa.ops;
     return &plain;
-}();
+}
+
+const Ops* active = best();
 
 std::vector<std::string> supported() {
     std::vector<std::string> names;
@@ -47,23 +56,20 @@ std::vector<std::string> supported() {
     return names;
 }
 
-// Has this CPU tiles of bfloat16 (AMX)? The compiler's own question knows none.
-bool matrix_tiles() {
-#if defined(__x86_64__)
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-#else
-    return false;
-#endif
+const Ops& named(const std::string& name) {
+    for (const Isa& isa : isas())
+        if (isa.supported && name == isa.ops->name) return *isa.ops;
+    throw nb::value_error("this CPU has no such instruction set, see supported()");
 }
 
-void use(const std::string& name) {
-    for (const Isa& isa : isas())
-        if (isa.supported && name == isa.ops->name) {
-            active = isa.ops;
-            return;
-        }
-    throw nb::value_error("this CPU has no such instruction set, see supported()");
+void use(const std::string& name) { active = &named(name); }
+
+std::string admit_tiles() {
+    if (!has_tiles()) return "";
+    const std::string refusal = refuse_tiles();
+    tiles_admitted = refusal.empty();
+    active = best();
+    return refusal;
 }
 
 using Address = uintptr_t;
@@ -284,7 +290,10 @@ NB_MODULE(_cpu, m) {
     m.def("supported", supported, "Names of the instruction sets that this CPU can run, best first.");
     m.def("active", [] { return active->name; }, "Name of the instruction set in use.");
     m.def("use", use, "Use an instruction set by name.");
-    m.def("matrix_tiles", matrix_tiles, "Whether this CPU multiplies tiles of bfloat16.");
+    m.def("matrix_tiles", has_tiles, "Whether this CPU multiplies tiles.");
+    m.def("admit_tiles", admit_tiles, "Take AMX tiles where there are any that work; else why not.");
+    m.def("same_products", [](const std::string& a, const std::string& b) { return same_products(named(a), named(b)); },
+          "Whether two instruction sets give the same bits for integer products.");
     m.def("threads", threads, "How many threads share the work.");
     m.def("set_threads", set_threads);
     m.def("linear", linear);

@@ -213,7 +213,7 @@ struct Ops {
 // One table per instruction set; `supported` is asked before a table is used.
 extern const Ops plain;
 #if defined(__x86_64__)
-extern const Ops avx2, avx512, avx512_bf16;
+extern const Ops avx2, avx512, avx512_bf16, amx, amx_emulated;
 #endif
 
 }  // namespace cabochon

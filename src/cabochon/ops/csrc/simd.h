@@ -40,7 +40,7 @@ struct Lanes {
     Part part[PARTS];
     INLINE Lanes of(E value) {
         Lanes r;
-        for (int i = 0; i < PARTS; ++i) r.part[i] = Part{} + value;
+        for (int i = 0; i < PARTS; ++i) r.part[i] = value - Part{};  // an addition would stay: it changes -0
         return r;
     }
 };
