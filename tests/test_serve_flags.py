@@ -6,6 +6,9 @@ import asyncio
 import atexit
 import re
 import shlex
+import socket
+import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -21,6 +24,7 @@ from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.llm import AsyncLLM
 from cabochon.llm.prepare import prepare
+from cabochon.server import door
 from cabochon.server.app import create_app
 from cabochon.server.ask import Ask
 from cabochon.server.options import ServerOptions
@@ -284,3 +288,59 @@ def test_thinking_by_default_until_a_request_says_otherwise() -> None:
         assert tokens(None) == tokens(True) != tokens(False)
     finally:
         llm.close()
+
+
+# The address ----------------------------------------------------------------------------------------------------------
+
+
+def serve_alone(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
+    """`cabochon serve` up to where it would load a model, which it may not."""
+    script = (
+        f"import sys; sys.argv[1:] = ['serve', *sys.argv[1:]]; {first}\n"
+        "import cabochon.llm.loading as loading; loading.load = None\n"
+        "from cabochon.cli import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--port", "70000"], "The port is 70000, but must be between 1 and 65535"),
+        (["--host", "203.0.113.7"], "203.0.113.7 is no address of this machine; take 127.0.0.1"),
+        (["--host", "no such host"], "The host 'no such host' is no address of this machine"),
+        (["--request-timeout", "0"], "request_timeout is 0, but must be above 0 seconds."),
+        (["--drain", "-1"], "drain is -1, but must be 0 or more."),
+        (["--allowed-media-dir", "/no/such"], "--allowed-media-dir names '/no/such', which is no folder."),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_a_model_is_loaded(arguments: list[str], sentence: str) -> None:
+    told = serve_alone("--port", "0", *arguments)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
+    assert told.stderr.startswith(f"cabochon: {sentence}")
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        told = serve_alone("--port", str(port))
+    assert told.returncode == 2
+    assert told.stderr == (
+        f"cabochon: Port {port} of 127.0.0.1 is in use; stop what uses it, or take another with --port.\n"
+    )
+
+
+def test_a_port_that_is_free_is_found_and_told() -> None:
+    doors = door.take("localhost", 0)
+    assert all(each.getsockname()[1] for each in doors)
+    for each in doors:
+        each.close()
+
+
+def test_without_the_servers_packages_the_remedy_is_told() -> None:
+    told = serve_alone(
+        first="sys.modules['uvicorn'] = None; import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda name: None if name == 'uvicorn' else find(name)"
+    )
+    assert told.returncode == 2
+    assert told.stderr == "cabochon: serve needs uvicorn, not installed here: pip install 'cabochon[server]'\n"

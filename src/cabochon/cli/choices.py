@@ -26,7 +26,9 @@ class Choices:
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "auto"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto"
     quantization: Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")] = None
-    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens; less needs less memory.")] = None
+    max_model_len: Annotated[
+        str | None, typer.Option(help="Context in tokens, such as 32k; less needs less memory.", metavar="TOKENS")
+    ] = None
     chat_template: Annotated[
         Path | None, typer.Option(help="Render conversations through this Jinja file.", metavar="FILE")
     ] = None

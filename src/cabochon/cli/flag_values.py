@@ -15,6 +15,8 @@ from .vllm_flags import STORED_QUANTIZATION
 BUILT_IN_TEMPLATES = frozenset({"tool_chat_template_gemma4.jinja", "gemma4.jinja", "chat_template_gemma4.jinja"})
 """File names of vLLM's examples; they stand for the built-in template, which is the published one."""
 
+_SCALES = {"": 1, "k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20}
+
 
 def quantization(value: str, notices: list[str]) -> str:
     if value in STORED_QUANTIZATION:
@@ -32,11 +34,11 @@ def length(text: str | None) -> int | None:
     """`32768`, `32k` (thousands), `32K` (1024s), `auto`; as vLLM reads them."""
     if text is None or text in ("auto", "-1"):
         return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text)
-    if found is None:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)([kKmM]?)", text)
+    tokens = 0 if found is None else int(float(found[1]) * _SCALES[found[2]])
+    if tokens < 1:
         raise InputError(f"--max-model-len is {text!r}, but must be a number of tokens like 32768, 32k or 32K.")
-    scale = {"": 1, "k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20}[found[2]]
-    return int(float(found[1]) * scale)
+    return tokens
 
 
 def kv_dtype(text: str | None) -> str | None:
@@ -126,6 +128,8 @@ def keys(keys: Sequence[str] | None, path: Path | None) -> tuple[str, ...]:
             found += [line.strip() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
         except OSError as error:
             raise InputError(f"--api-key-file {path} can't be read ({error.strerror}).") from error
+        except UnicodeDecodeError:
+            raise InputError(f"--api-key-file {path} isn't text; it must hold one key per line.") from None
         if not found:
             raise InputError(f"--api-key-file {path} holds no key.")
     return tuple(found)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import typer
 
+from ..errors import InputError
 from .serve_flags import ServeSettings, read_settings
 
 if TYPE_CHECKING:
@@ -17,10 +19,14 @@ if TYPE_CHECKING:
 
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 """The flags are read by `serve_flags`; typer only names the command."""
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+"""What the extra `server` brings."""
 
 
 def serve(context: typer.Context) -> None:
-    """Serve a model over HTTP (OpenAI's and Anthropic's protocols, and a page). `serve --help` lists the flags."""
+    """Serve a model over HTTP; `serve --help` lists the flags."""
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise InputError(f"serve needs {' and '.join(missing)}, not installed here: pip install 'cabochon[server]'")
     settings = read_settings(context.args)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     log = logging.getLogger("cabochon.server")
@@ -31,14 +37,17 @@ def serve(context: typer.Context) -> None:
 
 def run(settings: ServeSettings) -> None:
     """Load the model and serve until told to stop."""
+    from ..server.door import take
     from ..server.run import serve as serve_forever
 
+    doors = take(settings.server["host"], settings.server["port"])
     llm, options = build(settings)
 
     def announce() -> None:
-        print(f"{options.names[0]} is ready at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+        port = doors[0].getsockname()[1]
+        print(f"{options.names[0]} is ready at http://{options.host}:{port}", file=sys.stderr, flush=True)
 
-    serve_forever(llm, options, announce)
+    serve_forever(llm, options, doors, announce)
 
 
 def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
@@ -50,6 +59,10 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
     from ..media.source import Policy
     from ..server.options import ServerOptions
 
+    folder = settings.media["folder"]
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--allowed-media-dir names {str(folder)!r}, which is no folder.")
+    options, policy = ServerOptions(names=settings.names, **settings.server), Policy(**settings.media)
     begin = prepare(
         settings.model,
         settings.device,
@@ -63,12 +76,13 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
     if settings.chat_template is not None and loaded.tokenizer is not None:
         template = template_for(None, loaded.tokenizer, "small", settings.chat_template)
         loaded = replace(loaded, template=template)
-    names = settings.names or tuple(dict.fromkeys(name for name in (settings.model, loaded.name) if name))
-    options = ServerOptions(names=names, **settings.server)
+    if not options.names:
+        names = dict.fromkeys(name for name in (settings.model, loaded.name) if name)
+        options = replace(options, names=tuple(names))
     llm = AsyncLLM.of(
         loaded,
         max_model_len=begin.context,
-        policy=Policy(**settings.media),
+        policy=policy,
         loop_guard=settings.loop_guard,
         media_options=settings.media_options,
         **{"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes, **settings.engine},

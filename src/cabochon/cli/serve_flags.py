@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="flags from a YAML file, without the dashes")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that clients ask for")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on (%(default)s); 0: one that is free")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "half", "float16", "float", "float32"])
     add("--chat-template", metavar="FILE", help="a Jinja template instead of the checkpoint's")
@@ -270,7 +270,7 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} must hold flags and their values, as in `port: 8000`.")

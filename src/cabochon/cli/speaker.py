@@ -13,7 +13,7 @@ from .. import hub
 from ..chat.events import Event
 from ..chat.messages import Message, Tool
 from ..errors import InputError
-from . import inputs
+from . import flag_values, inputs
 from .choices import Choices
 from .screen import Screen
 
@@ -77,7 +77,7 @@ def open_speaker(screen: Screen, model: str | None, choices: Choices) -> Speaker
         choices.device,
         dtype=choices.dtype,
         quantization=choices.quantization or "auto",
-        max_model_len=choices.max_model_len,
+        max_model_len=flag_values.length(choices.max_model_len),
         engine={"max_num_seqs": SEATS},
     )
     if not inputs.piped():

@@ -76,6 +76,8 @@ class Front:
             suppress=loaded.generation.suppress,
         )
         self.max_model_len = self.engine.max_model_len
+        if loop_guard < 0:
+            raise InputError(f"loop_guard is {loop_guard}, but must be 0 (never) or a number of tokens.")
         self.loop_guard = loop_guard
         self.media_options = media_options
         self.senses = (

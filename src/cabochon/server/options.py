@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..errors import InputError
+
 MIB = 1 << 20
+LEAST = {"max_body_bytes": 1, "max_waiting": 0, "max_output_tokens": 1, "drain": 0, "responses_kept": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,11 @@ class ServerOptions:
     log_prompts: bool = False
     media_limits: Mapping[str, int] = field(default_factory=dict)
     """Most parts of a kind (image, video, audio) in one request; a kind that isn't named has no limit."""
+
+    def __post_init__(self) -> None:
+        if self.request_timeout <= 0:
+            raise InputError(f"request_timeout is {self.request_timeout:g}, but must be above 0 seconds.")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value:g}, but must be {least} or more.")

@@ -20,6 +20,7 @@ import uvicorn
 
 from ..llm import AsyncLLM
 from .app import create_app
+from .door import refused
 from .guard import Traffic
 from .options import ServerOptions
 from .service import Service
@@ -47,7 +48,10 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # somebody else took the address while the model was loading
+            raise refused(error, (self.config.host, self.config.port)) from None
         if self._on_ready is not None and not self.should_exit:
             self._on_ready()
 
@@ -71,8 +75,13 @@ class _Server(uvicorn.Server):
         self._deadline = time.monotonic() + self._service.options.drain
 
 
-def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; running replies may then take `options.drain` seconds. Closes `llm`."""
+def serve(
+    llm: AsyncLLM, options: ServerOptions, doors: list[socket], on_ready: Callable[[], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; running replies may then take `options.drain` seconds. Closes `llm`.
+
+    `doors` are bound sockets (`door.take`).
+    """
     traffic = Traffic()
     app = create_app(llm, options, traffic)
     service: Service = app.state.service
@@ -89,6 +98,6 @@ def serve(llm: AsyncLLM, options: ServerOptions, on_ready: Callable[[], None] | 
         timeout_graceful_shutdown=2,  # for last words: by then every reply is over or cut
     )
     try:
-        asyncio.run(_Server(config, service, traffic, on_ready).serve())
+        asyncio.run(_Server(config, service, traffic, on_ready).serve(doors))
     finally:
         llm.close()
