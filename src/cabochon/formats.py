@@ -37,6 +37,7 @@ class Format:
 FORMATS = {
     format.name: format
     for format in (
+        Format("float64", bits=64, group=None, scale_bytes=0, quantized=False),
         Format("float32", bits=32, group=None, scale_bytes=0, quantized=False),
         Format("bfloat16", bits=16, group=None, scale_bytes=0, quantized=False),
         Format("float16", bits=16, group=None, scale_bytes=0, quantized=False),

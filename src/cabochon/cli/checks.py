@@ -17,6 +17,7 @@ from .. import hub
 from ..config import ModelConfig, read_config
 from ..errors import CabochonError
 from ..sizing import Workload, hardware, plan, units
+from ..weights.params import own_format
 
 Status = Literal["ok", "warning", "error"]
 
@@ -187,7 +188,7 @@ def the_hub(offline: bool) -> Iterator[Finding]:
 # A model --------------------------------------------------------------------------------------------------------------
 
 
-def model(name: str | None) -> Iterator[Finding]:
+def model(name: str) -> Iterator[Finding]:
     """A checkpoint on this machine: complete, known, and does it fit."""
     try:
         folder = hub.locate(name)
@@ -215,7 +216,9 @@ def _config(folder: Path) -> Iterator[Finding]:
     config = read_config(folder)
     kind = "drafter" if config.drafter else config.model_type
     yield Finding("ok", "config", f"{folder}: {kind}, {len(config.text.layers)} layers, {config.dtype}")
-    if config.quantization is not None:
+    if (stored := own_format(config)) is not None:
+        yield Finding("ok", "format", f"{stored}, written by cabochon quantize; matrices stay in it")
+    elif config.quantization is not None:
         from ..weights.schemes import scheme_of
 
         yield Finding("ok", "format", f"{scheme_of(config.quantization).name}; read back to plain matrices")
@@ -234,7 +237,7 @@ def _gguf(path: Path) -> Iterator[Finding]:
 
     found = open_checkpoint(path)
     yield Finding("ok", "weights", f"GGUF with {len(found.source.shapes()):,} tensors, complete")
-    yield from _fit_of(found.config, path.name)
+    yield from _fit_of(found.config, path.name, found.kept)
 
 
 def _tokenizer(folder: Path) -> Iterator[Finding]:
@@ -258,8 +261,9 @@ def _fit(folder: Path) -> Iterator[Finding]:
         yield from _fit_of(config, folder.name)
 
 
-def _fit_of(config: ModelConfig, name: str) -> Iterator[Finding]:
-    work = Workload(context=min(8192, config.text.max_position_embeddings), dtype=config.dtype)
+def _fit_of(config: ModelConfig, name: str, kept: frozenset[str] = frozenset()) -> Iterator[Finding]:
+    context = min(8192, config.text.max_position_embeddings)
+    work = Workload(context=context, dtype=config.dtype, quantization=own_format(config), kept=kept)
     made = plan(config, hardware.this_machine(), work, name=name)
     yield Finding(
         "ok" if made.fits else "error", "fit", made.verdict if made.fits else f"{made.verdict}; {made.advice}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from .. import hub, variants
@@ -22,6 +21,8 @@ from ..sizing import Hardware, MemoryPlan, Workload, hardware, ranking, units
 from ..sizing import plan as size
 from ..sizing.plan import READABLE
 from ..sizing.report import Table, comparison, tables
+from ..weights.params import own_format
+from .tables import console
 
 Quantization = Literal["none", "int8", "int4"]
 
@@ -43,7 +44,10 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Draw memory against context into this PNG file.")] = None,
     to_html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page.")] = None,
 ) -> None:
-    """Size a model to the byte: what it takes, what fits, how fast it could be, what would help."""
+    """Size a model to the byte.
+
+    What it takes, what fits, how fast it could be, and what would help.
+    """
     device = hardware.this_machine() if gpu is None else hardware.find(gpu)
     available = None if memory is None else units.parse_bytes(memory)
     work = Workload(
@@ -58,11 +62,12 @@ def plan(
     )
     if model is None:
         if plot or to_html:
-            raise InputError("--plot and --html draw one model's plan; name the model")
+            raise InputError("--plot and --html draw one model's plan; name the model.")
         _rank(device, work, available, as_json)
         return
     name, asked, kept = _resolve(model)
-    work = replace(work, kept=kept)
+    stored = own_format(asked) if isinstance(asked, ModelConfig) else None
+    work = replace(work, kept=kept, quantization=stored or work.quantization)
     made = size(asked, device, work, available=available, name=name)
     others = _formats(asked, name, device, work, available) if compare else []
     if as_json:
@@ -85,15 +90,13 @@ def _resolve(model: str) -> tuple[str, str | ModelConfig, frozenset[str]]:
         from ..weights.random import open_random
 
         return model, open_random(model)[0], frozenset()
-    if Path(model).exists() or ("/" in model and variants.suggest(model) is None):
-        path = hub.locate(model)
-        if (path / "config.json").exists() or not (path.is_file() or any(path.glob("*.gguf"))):
-            return model, read_config(path), frozenset()
-        from ..weights.checkpoint import open_checkpoint
+    path = hub.locate(model)
+    if (path / "config.json").exists() or not (path.is_file() or any(path.glob("*.gguf"))):
+        return model, read_config(path), frozenset()
+    from ..weights.checkpoint import open_checkpoint
 
-        opened = open_checkpoint(path)
-        return model, opened.config, opened.kept
-    return variants.find(model).name, model, frozenset()
+    opened = open_checkpoint(path)
+    return model, opened.config, opened.kept
 
 
 def _rank(device: Hardware, work: Workload, available: int | None, as_json: bool) -> None:
@@ -123,18 +126,17 @@ def _formats(
 
 
 def _print(parts: list[Table], last: str = "") -> None:
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, 130)  # a long line that wraps says more than one that is cut
+    screen = console()
     for part in parts:
         shown = RichTable(title=part.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, heading in enumerate(part.headings):
             shown.add_column(heading, no_wrap=True, justify="left" if i == 0 else "right")
         for row in part.rows:
             shown.add_row(*row)
-        console.print(shown)
-        console.print()
+        screen.print(shown)
+        screen.print()
     if last:
-        console.print(last)
+        screen.print(last)
 
 
 def _write(made: MemoryPlan, asked: str | ModelConfig, plot: Path | None, to_html: Path | None) -> None:
@@ -153,7 +155,7 @@ def _save(path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise InputError(f"{path} can't be written ({error.strerror}); name a file in a folder that exists") from error
+        raise InputError(f"{path} can't be written ({error.strerror}); name a file in a folder that exists.") from error
 
 
 def _page(made: MemoryPlan, picture: bytes) -> str:

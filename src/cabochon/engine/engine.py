@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ContextError, RequestError
+from ..errors import ContextError, InputError, RequestError
 from ..kv.cache import KVCache
 from ..model.gemma4 import Gemma4
 from . import sampler
@@ -50,10 +50,12 @@ class Engine:
         text = model.config.text
         self.options, self.device, self.clock = options, device, clock
         self.vocab_size = text.vocab_size
+        longest = text.max_position_embeddings
+        if max_model_len is not None and not 1 <= max_model_len <= longest:
+            raise InputError(f"max_model_len is {max_model_len}, but must be between 1 and the model's {longest}.")
         self.max_model_len = max_model_len or context_that_fits(text, options, device, dtype)
-        if max_model_len is None and self.max_model_len < text.max_position_embeddings:
-            whole = text.max_position_embeddings
-            log.warning("the context is %d of %d tokens: memory for pages is short", self.max_model_len, whole)
+        if max_model_len is None and self.max_model_len < longest:
+            log.warning("the context is %d of %d tokens: memory for pages is short", self.max_model_len, longest)
         self.runner = Runner(model, device, record=options.cuda_graphs)
         self.encoder = Encoder(model, options.encoder_cache_tokens)
         self.stats = Stats()

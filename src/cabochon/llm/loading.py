@@ -124,9 +124,13 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.device(device)
+        picked = torch.device(device)
     except RuntimeError:
         raise InputError(f"device is {device!r}, but must be auto, cpu, cuda, cuda:N or mps.") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (picked.index or 0) >= there.get(picked.type, 0):
+        raise InputError(f"device is {device!r}, which torch {torch.__version__} can't use on this machine; take auto.")
+    return picked
 
 
 def pick_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -15,8 +15,9 @@ from ..errors import InputError
 from ..formats import QUANTIZED
 from ..sizing import Hardware, Start, hardware, start
 from ..weights.checkpoint import open_checkpoint
+from ..weights.params import own_format
 from ..weights.random import is_random, open_random
-from .loading import pick_device
+from .loading import pick_device, pick_dtype
 
 
 def prepare(
@@ -33,20 +34,21 @@ def prepare(
     Raises:
         InputError: it can't fit; the message has the numbers and what would help.
     """
+    formats = {"auto": (None, *QUANTIZED), "none": (None,)} | {name: (name,) for name in QUANTIZED}
+    if quantization not in formats:
+        raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(formats)}.")
+    pick_dtype(dtype)
     config, name, kept = _config(model)
     recipe = modelfile.made(model) if isinstance(model, str) else None
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
     wishes = engine or {}
-    stored = config.quantization or {}
-    if quantization == "auto" and stored.get("quant_method") == "cabochon":
-        quantization = stored["format"]  # matrices stay in the format that our own folders hold
     return start(
         config,
         _device(device, wishes.get("gpu_memory_utilization")),
         name=name,
         dtype=None if dtype == "auto" else dtype,
-        formats={"auto": (None, *QUANTIZED), "none": (None,)}.get(quantization, (quantization,)),
+        formats=(stored,) if (stored := own_format(config)) else formats[quantization],
         kept=kept,
         context=max_model_len,
         users=wishes.get("max_num_seqs"),

@@ -14,6 +14,7 @@ from .gguf_model import config_of, listed, stops_of, tokenizer_of
 from .gguf_source import GGUFSource
 from .gguf_towers import tower_config
 from .load import Source
+from .params import own_format
 from .safetensors import SafetensorsSource
 from .scheme_source import SchemeSource
 
@@ -51,7 +52,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _source(stored: SafetensorsSource, config: ModelConfig) -> Source:
     if not config.quantization:
         return stored
-    if config.quantization.get("quant_method") == own.METHOD:
+    if own_format(config) is not None:
         return own.OwnSource(stored, config)
     return SchemeSource(stored, config.quantization)
 

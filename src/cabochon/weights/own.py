@@ -15,14 +15,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import ModelConfig, to_json
-from ..errors import CheckpointError, brief
-from ..formats import FORMATS, QUANTIZED
+from ..errors import CheckpointError
+from ..formats import FORMATS
 from ..ops.packing import quantize
 from ..quant import GROUP, QuantTensor
-from .params import Param, Shape, parameters
+from .params import OWN_METHOD, Param, Shape, own_format, parameters
 from .safetensors import SHARD_BYTES, SafetensorsSource, save
-
-METHOD = "cabochon"
 
 
 def save_own(folder: Path, config: ModelConfig, tensors: Iterator[tuple[Param, Tensor]], format: str) -> None:
@@ -38,7 +36,7 @@ def save_own(folder: Path, config: ModelConfig, tensors: Iterator[tuple[Param, T
                 yield param.hf, tensor if param.integer else tensor.bfloat16()
 
     save(folder, stored(), shard_bytes=SHARD_BYTES)
-    raw = to_json(config) | {"dtype": "bfloat16", "quantization_config": {"quant_method": METHOD, "format": format}}
+    raw = to_json(config) | {"dtype": "bfloat16", "quantization_config": {"quant_method": OWN_METHOD, "format": format}}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
@@ -47,10 +45,7 @@ class OwnSource:
 
     def __init__(self, stored: SafetensorsSource, config: ModelConfig) -> None:
         self.stored, self.origin = stored, stored.origin
-        self.format = (config.quantization or {}).get("format")
-        if self.format not in QUANTIZED:
-            known = ", ".join(QUANTIZED)
-            raise CheckpointError(f"{self.origin} is stored in the format {brief(self.format)}; known are {known}.")
+        self.format = own_format(config)
         self.logical = {p.hf: p.shape for p in parameters(config) if f"{p.hf}.codes" in stored.entries}
         for name, shape in self.logical.items():
             self._check(name, shape)

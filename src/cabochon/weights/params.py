@@ -21,10 +21,13 @@ from ..config import (
     UnifiedVisionConfig,
     VisionConfig,
 )
-from ..formats import FORMATS, Format
+from ..errors import CheckpointError, brief
+from ..formats import FORMATS, QUANTIZED, Format
 
 Part = Literal["text", "experts", "embedding", "per_layer_embedding", "vision", "audio", "drafter"]
 Shape = tuple[int, ...]
+OWN_METHOD = "cabochon"
+"""What `quantization_config.quant_method` says in folders of our own (`weights.own`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,21 @@ class Param:
     def nbytes(self, base: str, quantization: str | None = None) -> int:
         """Bytes in memory, scales included."""
         return 8 * self.count if self.integer else self.format(base, quantization).bytes(self.shape or (1,))
+
+
+def own_format(config: ModelConfig) -> str | None:
+    """int8 or int4 where `cabochon quantize` wrote the folder: its matrices stay in that, whatever is asked for.
+
+    Raises:
+        CheckpointError: it names another format.
+    """
+    said = config.quantization or {}
+    if said.get("quant_method") != OWN_METHOD:
+        return None
+    if said.get("format") not in QUANTIZED:
+        known = ", ".join(QUANTIZED)
+        raise CheckpointError(f"config.json says the format {brief(said.get('format'))}; known are {known}.")
+    return str(said["format"])
 
 
 def parameters(config: ModelConfig, *, unused: bool = False) -> tuple[Param, ...]:
