@@ -1,9 +1,14 @@
 """`cabochon quantize` and `inspect` over the bundled checkpoint: every format is written, loaded again and speaks."""
 
+import gc
 import io
+import json
 import re
+import resource
+import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,9 @@ from cabochon.chat.messages import Media, Message, Text
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import load
+from cabochon.llm.prepare import prepare
 from cabochon.quant import QuantTensor
-from cabochon.weights import convert
+from cabochon.weights import convert, safetensors
 from cabochon.weights.checkpoint import open_checkpoint
 from support.media_files import wav
 from support.speaking import save_seeing
@@ -81,6 +87,67 @@ def test_the_command_checks_what_it_wrote(tmp_path):
     again = cabochon("quantize", BUNDLED, tmp_path / "m.gguf", "--format", "gguf:q8_0")
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("format", ["int4", "gguf:q8_0", "ct:fp8"])
+def test_what_could_not_be_written_whole_leaves_nothing_behind(tmp_path, format):
+    """A file may grow to 1 MB here, as on a disk that fills up."""
+    out = tmp_path / "there" / "m"
+    found = open_checkpoint(BUNDLED)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"m can't be written \(.*File too large"):
+            convert.write(found, out, format, "pebble")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_towers_of_another_file_are_not_written_over(tmp_path):
+    (tmp_path / "mmproj-m.gguf").write_text("precious")
+    with pytest.raises(InputError, match=r"mmproj-m\.gguf exists already"):
+        convert.write(open_checkpoint(BUNDLED), tmp_path / "m.gguf", "gguf:bf16", "pebble")
+    assert (tmp_path / "mmproj-m.gguf").read_text() == "precious"
+
+
+def test_shards_are_written_while_tensors_come(tmp_path):
+    """Of a model that is larger than memory, no more than one shard may be there at a time."""
+    alive = []
+
+    def tensors():
+        for i in range(8):
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in refs))
+            tensor = torch.full((1000,), float(i))
+            refs.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+            del tensor
+
+    refs = []
+    safetensors.save(tmp_path, tensors(), shard_bytes=8000)
+    assert max(alive) <= 3
+    read = safetensors.SafetensorsSource(tmp_path)
+    assert [read.read(f"t{i}")[0].item() for i in range(8)] == list(range(8))
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)
+    ]
+
+
+def test_our_own_folder_is_sized_as_it_is_stored(tmp_path):
+    convert.write(open_checkpoint(BUNDLED), tmp_path / "m", "int4", "pebble")
+    found = {
+        line["topic"]: line for line in json.loads(cabochon("doctor", tmp_path / "m", "--offline", "--json").stdout)
+    }
+    assert found["format"] == {
+        "status": "ok", "topic": "format", "text": "int4, written by cabochon quantize; matrices stay in it"
+    }  # fmt: skip
+    sized = json.loads(cabochon("plan", tmp_path / "m", "--json").stdout)
+    whole = json.loads(cabochon("plan", "pebble", "--quantization", "int4", "--json").stdout)
+    assert sized["memory"]["weights"] == whole["memory"]["weights"]
+    assert prepare(str(tmp_path / "m"), "cpu", quantization="int8").quantization == "int4"
 
 
 def test_an_unknown_format_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
@@ -26,14 +27,28 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
     towers) in one of `FORMATS`.
 
     Raises:
-        InputError: the format is unknown, `out` exists, or a matrix does not fit the format.
+        InputError: the format is unknown, `out` exists or can't be written, or a matrix does not fit the format.
     """
     if format not in FORMATS:
-        raise InputError(f"the format is {format!r}, but must be one of {', '.join(FORMATS)}.")
-    if out.exists():
-        raise InputError(f"{out} exists already; name a new {'file' if format.startswith('gguf:') else 'folder'}.")
+        raise InputError(f"The format is {format!r}, but must be one of {', '.join(FORMATS)}.")
     kind, _, inner = format.partition(":")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    mine = [out, towers_beside(out)] if kind == "gguf" and found.config.vision is not None else [out]
+    for path in mine:
+        if path.exists():
+            raise InputError(f"{path} exists already; name a new {'file' if kind == 'gguf' else 'folder'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(found, out, kind, inner, name, tick)
+    except BaseException as error:
+        # Half a checkpoint looks like a whole one, and would be in the way of the next try.
+        for path in mine:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise InputError(f"{out} can't be written ({getattr(error, 'strerror', None) or error}).") from None
+        raise
+
+
+def _write(found: Checkpoint, out: Path, kind: str, inner: str, name: str, tick: Callable[[Param], None]) -> None:
     if kind == "gguf":
         params = {param.name: param for param in parameters(found.config)}
 
@@ -56,7 +71,7 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
     if kind == "ct":
         compressed.save_compressed(out, found.config, tensors, inner)
     else:
-        own.save_own(out, found.config, tensors, format)
+        own.save_own(out, found.config, tensors, kind)
     for file in _BESIDE:
         if found.folder is not None and (found.folder / file).is_file():
             shutil.copy(found.folder / file, out / file)

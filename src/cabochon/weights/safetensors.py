@@ -84,21 +84,34 @@ class SafetensorsSource:
 def save(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `tensors` as one file, or as shards of about `shard_bytes` with an index, as `transformers` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
+    shard: dict[str, Tensor] = {}
+    written: list[list[str]] = []
     size = total = 0
+
+    def finish() -> None:
+        # How many there will be, and so the name, is known at the end; but no more than one is ever in memory.
+        save_file(shard, folder / _part(len(written)), metadata={"format": "pt"})
+        written.append(list(shard))
+        shard.clear()
+
     for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+        if shard and size + tensor.nbytes > shard_bytes:
+            finish()
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        shard[name] = tensor.detach().cpu().contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+    finish()
+    if len(written) == 1:
+        (folder / _part(0)).replace(folder / SINGLE)
         return
     places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, name)
+    for number, names in enumerate(written):
+        final = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
+        (folder / _part(number)).replace(folder / final)
+        places |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05}"
