@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from cabochon.chat.events import Finish, Reply, TextDelta, ThinkingDelta, ToolCallDelta, Warned
 from cabochon.chat.messages import Media, Message, Text, ToolCall
@@ -83,6 +84,26 @@ def test_models_are_listed(cabochon):
         assert word in listed.out
 
 
+def test_nothing_in_the_list_of_commands_is_cut(cabochon):
+    listed = cabochon("--help").out.partition("Commands:")[2]
+    assert "serve" in listed and "..." not in listed
+
+
+def test_the_bundled_model_has_a_name(cabochon):
+    shown = [cabochon("show"), cabochon("show", "pebble")]
+    assert shown[0] == shown[1] and shown[0].code == 0
+    assert cabochon("plan", "pebble").out.startswith("Weights")
+    assert "vision" in cabochon("inspect", "pebble").out
+
+
+def test_a_narrow_terminal_cuts_no_figures(cabochon, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    card = cabochon("eval", "--task", "add", "--limit", "1")
+    listed = cabochon("models")
+    assert "100.0%" in card.out and "without thinking" in card.out
+    assert "…" not in card.out + listed.out
+
+
 # Talking --------------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +158,30 @@ def test_an_answer_that_must_fit_a_schema(cabochon, checkpoint, tmp_path):
     answered = cabochon("run", checkpoint, "A number", "--schema", tmp_path / "schema.json", "--max-tokens", "60")
     assert answered.code == 0, answered.err
     assert 0 <= json.loads(answered.out)["n"] <= 99
+
+
+def test_a_reply_that_is_cut_says_so(cabochon, checkpoint, tmp_path):
+    cut = cabochon("run", "What is 12 + 13?", "--think", "--max-tokens", "3")
+    assert cut.code == 0
+    assert cut.err.endswith(
+        "The reply is cut: it took as many tokens as it may have (--max-tokens) or as the context has.\n"
+    )
+    (tmp_path / "schema.json").write_text('{"type": "string", "minLength": 60}')
+    asked = ["run", checkpoint, "Write", "--schema", tmp_path / "schema.json", "--max-tokens", "9"]
+    assert cabochon(*asked).code == 1, "half a JSON text looks like a whole one"
+
+
+def test_a_drawing_that_cannot_be_saved_is_told_before_the_model_runs(cabochon, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    asked = ["run", "Where?", "--image", tmp_path / "red.png", "--draw"]
+    for out, words in (("nowhere/out.png", "nothing can be written there"), ("out.xyz", "the ending must be")):
+        told = cabochon(*asked, tmp_path / out)
+        assert (told.code, told.out) == (2, "")
+        assert words in told.err and "Errno" not in told.err
+
+
+def test_a_context_in_thousands(cabochon):
+    assert cabochon("run", "Hello", "--max-model-len", "4k", "--max-tokens", "4").code == 0
 
 
 def test_files_go_into_the_prompt(cabochon, tmp_path):
@@ -253,6 +298,18 @@ class Terminal:
         (["run", "Hi", "--file", "nowhere.png"], b"", "There is no file nowhere.png."),
         (["run", "Hi", "--temperature", "-1"], b"", "temperature is -1.0, but must be between 0 and 100."),
         (["run", "Hi", "--device", "toaster"], b"", "device is 'toaster'"),
+        (["run", "Hi", "--device", "cuda:99"], b"", "device is 'cuda:99', which torch"),
+        (["run", "Hi", "--dtype", "float8"], b"", "dtype is 'float8', but must be auto or one of"),
+        (["run", "Hi", "--quantization", "int3"], b"", "quantization is 'int3', but must be one of auto, none, int8"),
+        (["run", "Hi", "--max-model-len", "0"], b"", "--max-model-len is '0', but must be a number of tokens"),
+        (["run", "Hi", "--max-model-len", "9k"], b"", "A context of 9,000 tokens is more than the model's 8,192"),
+        (["run", "Hi", "--chat-template", "no.jinja"], b"", "no.jinja can't be read (No such file or directory)."),
+        (["create", "mine", "-f", "nowhere"], b"", "nowhere can't be read (No such file or directory)."),
+        (["create", "pebble", "-f", "nowhere"], b"", "pebble is the name of another model already"),
+        (["plan", "nowhere"], b"", "There is no model 'nowhere'"),
+        (["plan", "--gpu", "toaster"], b"", "There is no data for the device 'toaster'"),
+        (["quantize", "pebble", "out", "--format", "int9"], b"", "The format is 'int9', but must be one of int8"),
+        (["run", "random:E9B", "Hi"], b"", "There is no model 'E9B'"),
         (["run", "word " * 300, "--max-model-len", "64"], b"", "tokens"),
         (["chat"], b"/fly\n", "There is no command /fly; /help lists them."),
         (["chat"], b"/load nowhere.json\n", "nowhere.json can't be read"),

@@ -211,6 +211,22 @@ def test_a_disk_that_fills_up(server, checkpoint, monkeypatch):
         hub.pull("me/mine")
 
 
+def test_a_cache_that_cannot_be_written(server, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    server.repos["me/mine"] = checkpoint
+    assert hub.cached() == []
+    with pytest.raises(InputError, match=r"can't be written .* set HF_HOME"):
+        hub.pull("me/mine")
+
+
+def test_one_damaged_model_does_not_hide_the_others(server, checkpoint):
+    server.repos["me/mine"] = checkpoint
+    folder = hub.pull("me/mine")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert [found.complete for found in hub.cached()] == [False]
+
+
 def test_an_index_that_is_none(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(CheckpointError, match="isn't an index"):

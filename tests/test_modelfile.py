@@ -165,7 +165,7 @@ def test_the_commands(home):
     assert names() == ["warmer"]
     assert locate("warmer") == BUNDLED
     refused = cabochon("create", "E2B", "-f", home / "Modelfile")
-    assert (refused.returncode, "published model" in refused.stderr) == (2, True)
+    assert (refused.returncode, "name of another model" in refused.stderr) == (2, True)
     (home / "Modelfile").write_text("FROM nobody/nothing\n")
     refused = cabochon("create", "other", "-f", home / "Modelfile")
     assert (refused.returncode, names()) == (2, ["warmer"])

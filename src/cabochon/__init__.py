@@ -1,4 +1,4 @@
-"""Cabochon runs, serves, sizes, quantises, fine-tunes and checks the Gemma 4 models on your own machine."""
+"""Cabochon runs, serves, sizes, quantises and checks the Gemma 4 models on your own machine."""
 
 from __future__ import annotations
 

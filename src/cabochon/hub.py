@@ -50,7 +50,7 @@ def locate(model: str | Path | None = None) -> Path:
 
     Args:
         model: a folder or a file; a name that `cabochon create` made, or one as `parse` reads it of something in the
-            Hugging Face cache; None for the bundled checkpoint.
+            Hugging Face cache; `pebble` or None for the bundled checkpoint.
 
     Raises:
         UnknownModelError: nothing of that name is here; the message says how to get it.
@@ -63,6 +63,8 @@ def locate(model: str | Path | None = None) -> Path:
         return path
     if isinstance(model, str) and (recipe := modelfile.made(model)) is not None:
         return locate(recipe.base)
+    if model == BUNDLED.name:
+        return BUNDLED
     if isinstance(model, Path) or _is_path(model):
         raise UnknownModelError(f"There is no file or folder {model}.")
     repo, revision, file = parse(model)
@@ -318,6 +320,10 @@ def _explained(name: str, repo: str, revision: str, file: str | None = None) -> 
     except (httpx.HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError("The disk is full; make room, or set HF_HOME to a folder on another disk.") from None
+        if isinstance(error, OSError) and error.filename is not None:
+            raise InputError(
+                f"{error.filename} can't be written ({error.strerror}); set HF_HOME to a folder of yours."
+            ) from None
         raise NetworkError(
             f"The download of {file or repo} broke off; the same command again goes on where it stopped."
         ) from None
@@ -328,9 +334,10 @@ def _explained(name: str, repo: str, revision: str, file: str | None = None) -> 
 
 def cached() -> list[Cached]:
     """The family's checkpoints in the Hugging Face cache, by name."""
+    cache = _cache()
     return [
         Cached(repo.repo_id, revision.commit_hash, revision.snapshot_path, revision.size_on_disk, complete)
-        for repo in _cache().repos
+        for repo in (cache.repos if cache else ())
         for revision in sorted(repo.revisions, key=lambda each: each.last_modified)
         if repo.repo_type == "model" and (complete := _is_ours(revision.snapshot_path)) is not None
     ]
@@ -344,26 +351,28 @@ def remove(name: str) -> int:
     """
     repo, revision, _ = parse(name)
     only = _cached_snapshot(repo, revision) if "@" in name else None
+    cache = _cache()
     commits = [
         each.commit_hash
-        for found in _cache().repos
+        for found in (cache.repos if cache else ())
         if found.repo_id == repo
         for each in found.revisions
         if "@" not in name or (only is not None and each.commit_hash == only.name)
     ]
-    if not commits:
+    if cache is None or not commits:
         raise UnknownModelError(f"{name} isn't on this machine; see: cabochon list")
-    strategy = _cache().delete_revisions(*commits)
+    strategy = cache.delete_revisions(*commits)
     freed = strategy.expected_freed_size
     strategy.execute()
     return int(freed)
 
 
-def _cache() -> HFCacheInfo:
+def _cache() -> HFCacheInfo | None:
+    """The Hugging Face cache; None on a fresh machine, which may be one where nothing can be written."""
     from huggingface_hub import constants, scan_cache_dir
 
-    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # or the scan of a fresh machine fails
-    return scan_cache_dir(constants.HF_HUB_CACHE)
+    there = Path(constants.HF_HUB_CACHE).is_dir()
+    return scan_cache_dir(constants.HF_HUB_CACHE) if there else None
 
 
 def _is_ours(folder: Path) -> bool | None:
@@ -374,4 +383,7 @@ def _is_ours(folder: Path) -> bool | None:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
     except (OSError, ValueError, AttributeError):
         return None
-    return not missing_files(folder) if str(kind).startswith("gemma4") else None
+    try:
+        return not missing_files(folder) if str(kind).startswith("gemma4") else None
+    except CheckpointError:
+        return False

@@ -166,14 +166,19 @@ def keep(name: str, recipe: Recipe) -> None:
     """Store a recipe under a name; what had that name before is replaced.
 
     Raises:
-        InputError: it can't be a name.
+        InputError: it can't be a name, or nothing can be written where names are kept.
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r} can't be a model's name; take letters, digits and . _ -, with a :tag if you like.")
-    _home().mkdir(parents=True, exist_ok=True)
     part = _file(name).with_suffix(".part")
-    part.write_text(json.dumps(asdict(recipe), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(_file(name))
+    try:
+        _home().mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(asdict(recipe), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        part.replace(_file(name))
+    except OSError as error:
+        raise InputError(
+            f"{_home()} can't be written ({error.strerror}); set XDG_DATA_HOME to another folder."
+        ) from None
 
 
 def made(name: str) -> Recipe | None:

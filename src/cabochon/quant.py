@@ -79,7 +79,7 @@ def quantize(weight: Tensor, format: str) -> QuantTensor:
         codes = (wide * _inverse(scales)[..., None]).round_().clamp_(-127, 127).to(torch.int8)
         return QuantTensor(codes, scales, format, tuple(weight.shape), dtype=weight.dtype)
     if format != "int4":
-        raise InputError(f"can't quantise weights to {format!r}; the quantised formats are {', '.join(QUANTIZED)}")
+        raise InputError(f"The format is {format!r}, but must be one of {', '.join(QUANTIZED)}.")
     groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [.., O, G, 32]
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     scales = (largest / -8).half()  # the largest number of a group, whatever its sign, becomes -8

@@ -219,8 +219,8 @@ def find(name: str) -> Variant:
     variant = lookup(name)
     if variant is None:
         near = suggest(name)
-        hint = f"did you mean {near}?" if near else f"known sizes are {', '.join(size.name for size in SIZES)}"
-        raise UnknownModelError(f"there is no model {name!r}; {hint}")
+        hint = f"did you mean {near}?" if near else f"known sizes are {', '.join(size.name for size in SIZES)}."
+        raise UnknownModelError(f"There is no model {name!r}; {hint}")
     return variant
 
 

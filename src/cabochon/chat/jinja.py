@@ -109,8 +109,10 @@ def describe_template(folder: Path) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"The chat template {path} can't be read ({error}).") from None
+    except OSError as error:
+        raise CheckpointError(f"The chat template {path} can't be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"The chat template {path} isn't UTF-8 text; save it as UTF-8.") from None
 
 
 class JinjaTemplate:

@@ -18,7 +18,7 @@ from .eval import eval_models
 
 app = typer.Typer(
     name="cabochon",
-    help="Run, serve, size, quantise, fine-tune and check the Gemma 4 models on your own machine.",
+    help="Run, serve, size, quantise and check the Gemma 4 models on your own machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

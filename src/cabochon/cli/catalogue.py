@@ -12,6 +12,7 @@ from rich.table import Table
 from .. import hub, modelfile, variants
 from ..errors import InputError
 from . import inputs
+from .tables import console
 
 Name = Annotated[
     str, typer.Argument(help="A short name (E2B), owner/name, owner/name@revision or owner/name/file.gguf.")
@@ -26,16 +27,19 @@ def models() -> None:
             size = variant.size
             counts = (f"{count / 1e9:.1f}B" for count in (size.stored, size.active))
             table.add_row(size.name, variant.name, *counts, f"{size.context // 1024}k", " ".join(size.modalities))
-    console = _console()
-    console.print(table)
-    console.print(
+    screen = console()
+    screen.print(table)
+    screen.print(
         f"\nRepositories are {variants.OWNER}'s. Base models and drafters: E2B-base, E2B-assistant, and so on.\n"
-        "random:E2B makes a model of true shape with random weights. No name at all: the bundled model."
+        "random:E2B makes a model of true shape with random weights. No name at all, or pebble: the bundled model."
     )
 
 
 def pull(model: Name) -> None:
-    """Fetch a model into the Hugging Face cache; goes on where an earlier pull stopped."""
+    """Fetch a model into the Hugging Face cache.
+
+    It goes on where an earlier pull stopped.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -59,7 +63,7 @@ def list_models() -> None:
         recipe = modelfile.made(name)
         table.add_row(name, "", "", f"made from {recipe.base}" if recipe else "gone")
     table.add_row("pebble (bundled)", "", _gigabytes(sum(f.stat().st_size for f in hub.BUNDLED.iterdir())), "complete")
-    _console().print(table)
+    console().print(table)
 
 
 def show(
@@ -92,7 +96,7 @@ def show(
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
-    _console().print(table)
+    console().print(table)
 
 
 def _show_recipe(recipe: modelfile.Recipe) -> None:
@@ -105,14 +109,14 @@ def _show_recipe(recipe: modelfile.Recipe) -> None:
     rows += [("license", text.strip().partition("\n")[0]) for text in recipe.licenses]
     for name, value in rows:
         table.add_row(name, value)
-    _console().print(table)
+    console().print(table)
 
 
 def rm(
     model: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
 ) -> None:
-    """Delete a model from the Hugging Face cache, or what `create` made."""
+    """Delete a model from the cache, or what `create` made."""
     if not yes:
         if inputs.piped():
             raise InputError(f"rm would delete {model}; confirm with --yes.")
@@ -126,10 +130,6 @@ def rm(
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _console() -> Console:
-    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _table(*headings: str) -> Table:

@@ -15,13 +15,18 @@ def create(
     name: Annotated[str, typer.Argument(help="The new name.")],
     file: Annotated[Path, typer.Option("--file", "-f", help="The Modelfile.")] = Path("Modelfile"),
 ) -> None:
-    """Give a model with its own system prompt and sampling a name that works wherever a model is named."""
-    if variants.lookup(name) is not None or name.startswith("random:"):
-        raise InputError(f"{name} is the name of a published model; take another one.")
+    """Name a model with a system prompt and sampling of its own.
+
+    The name works wherever a model is named.
+    """
+    if variants.lookup(name) is not None or name == hub.BUNDLED.name or name.startswith("random:"):
+        raise InputError(f"{name} is the name of another model already; take a new one.")
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The Modelfile {file} can't be read ({error}).") from None
+    except OSError as error:
+        raise InputError(f"The Modelfile {file} can't be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"The Modelfile {file} isn't UTF-8 text; save it as UTF-8.") from None
     recipe = modelfile.read_modelfile(text, file.parent)
     below = modelfile.made(recipe.base)
     if below is not None:

@@ -16,7 +16,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="Also look at this model; `bundled` is the one that ships.")
+        str | None, typer.Argument(help="Also look at this model; `pebble` is the one that ships.")
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time memory and matrix products, for the planner.")
@@ -24,7 +24,10 @@ def doctor(
     offline: Annotated[bool, typer.Option("--offline", help="Don't ask whether the Hub answers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check this machine (and a model): one line each, ok, warning or error. An error makes the exit code 1."""
+    """Check this machine (and a model).
+
+    One line each: ok, warning or error. An error makes the exit code 1.
+    """
     if measure:
         from ..sizing import hardware
         from .measure import measure as time_it
@@ -32,7 +35,7 @@ def doctor(
         hardware.remember(time_it())
     found = list(checks.machine(offline))
     if model is not None:
-        found += checks.model(None if model == "bundled" else model)
+        found += checks.model(model)
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:

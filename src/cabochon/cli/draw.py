@@ -7,6 +7,7 @@ holds [y0, x0, y1, x1], y first, on a grid of 1000 x 1000 whatever the picture's
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def boxes(text: str) -> list[Box]:
     while (start := min((i for i in (text.find("[", at), text.find("{", at)) if i >= 0), default=-1)) >= 0:
         try:
             value, at = decoder.raw_decode(text, start)
-        except ValueError:
+        except (ValueError, RecursionError):
             at = start + 1
             continue
         _collect(value, found)
@@ -88,6 +89,16 @@ def draw(picture: Image, found: list[Box]) -> Image:
     return drawn
 
 
+def check_target(out: Path) -> None:
+    """Raise `InputError` where no picture could be saved: said before the model runs."""
+    import PIL.Image
+
+    if out.suffix.lower() not in PIL.Image.registered_extensions():
+        raise InputError(f"--draw {out}: the ending must be one of a picture, such as .png or .jpg.")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise InputError(f"--draw {out}: nothing can be written there; name a file in a folder of yours that exists.")
+
+
 def draw_answer(source: str | bytes, text: str, out: Path) -> int:
     """Draw the boxes of an answer into the picture that `source` names and save it; how many there were."""
     import PIL.Image
@@ -101,5 +112,6 @@ def draw_answer(source: str | bytes, text: str, out: Path) -> int:
     try:
         draw(picture, found).save(out)
     except (OSError, ValueError) as error:
-        raise InputError(f"The drawing can't be written to {out} ({error}); try a name that ends in .png.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"The drawing can't be written to {out} ({reason}); try a name that ends in .png.") from None
     return len(found)

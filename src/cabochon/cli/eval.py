@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
+from .tables import console
 
 if TYPE_CHECKING:
     from ..evaluate import Line
@@ -29,9 +29,10 @@ def eval_models(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
 ) -> None:
-    """Score a model on exercises with exact answers: share right, 95 % interval, what guessing scores.
+    """Score a model on exercises with exact answers.
 
-    What exercises show (pictures, clips, sounds) or the thinking they ask for is withheld in a second run.
+    The share right with its 95 % interval, and what guessing scores. What exercises show (pictures, clips, sounds) or
+    the thinking they ask for is withheld in a second run.
     """
     from .. import evaluate
     from ..llm import AsyncLLM
@@ -68,4 +69,4 @@ def _print(card: list[Line]) -> None:
         withheld = "" if line.withheld is None else f"{line.withheld:.1%} without {line.what}"
         interval = f"{line.low:.1%} to {line.high:.1%}"
         table.add_row(line.task, f"{line.score:.1%}", interval, str(line.n), f"{line.chance:.1%}", withheld)
-    Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(table)
+    console().print(table)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import hub
 from ..errors import EngineError
+from .tables import console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,10 @@ def quantize(
         str, typer.Option(help="int8, int4; gguf:bf16, gguf:f16, gguf:q8_0, gguf:q4_0; ct:w4a16, ct:fp8.")
     ] = "int4",
 ) -> None:
-    """Write a model in another format, load it again and say how far its predictions moved."""
+    """Write a model in another format.
+
+    It is loaded again, and how far its predictions moved is said.
+    """
     from ..weights import convert
     from ..weights.checkpoint import open_checkpoint
     from ..weights.params import parameters
@@ -44,8 +48,8 @@ def quantize(
     path = hub.locate(model)
     found = open_checkpoint(path)
     ids = _probe_ids(found)
-    console = Console(stderr=True)
-    with Progress(console=console) as progress:
+    err = Console(stderr=True)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
         convert.write(found, out, format, path.stem, lambda _: progress.advance(bar))
     moved = _divergence(_predict(path, ids), _predict(out, ids))
@@ -64,7 +68,7 @@ def quantize(
 def inspect(
     model: Annotated[str, typer.Argument(help="A name, a folder or a .gguf file.")],
 ) -> None:
-    """Say what a checkpoint is, in which format each kind of tensor is stored, and what loading it would do."""
+    """Say how a checkpoint is stored and what loading it would do."""
     from ..weights.checkpoint import open_checkpoint
     from ..weights.gguf_source import GGUFSource
     from ..weights.own import OwnSource
@@ -80,7 +84,7 @@ def inspect(
     table = Table("part", "stored as", "tensors", "bytes", box=None)
     for (part, stored), (count, size) in sorted(_classes(found).items()):
         table.add_row(part, stored, str(count), f"{size:,}")
-    Console().print(table)
+    console().print(table)
     match source:
         case GGUFSource():
             then = "Q4_0 matrices enter as int4, all others are expanded"

@@ -19,6 +19,12 @@ from ..chat.messages import ToolCall
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+CUT = {
+    "length": "The reply is cut: it took as many tokens as it may have (--max-tokens) or as the context has.",
+    "loop": "The reply is cut: it repeated itself over and over.",
+}
+"""What is said about a reply that didn't come to its end."""
+
 
 class Screen:
     """Prints events. The answer goes to stdout; with `quiet`, all else to stderr, so that a pipe gets the answer."""
@@ -59,7 +65,10 @@ class Screen:
                     column = self._end_line(column)
                     self.complain(text)
         self._end_line(column)
-        return Reply.of(seen)
+        reply = Reply.of(seen)
+        if reply.finish_reason in CUT:
+            self.say(CUT[reply.finish_reason])
+        return reply
 
     def _piece(self, column: Console | None, console: Console, text: str, style: str | None) -> Console:
         """One more piece of a stream; thinking and answer don't share a line."""

@@ -13,8 +13,8 @@ from ..chat.messages import Message, Text, ToolCall
 from ..errors import CabochonError, InputError
 from . import inputs
 from .choices import Choices, with_choices
-from .draw import draw_answer
-from .screen import Screen, reply_as_json, spell_call
+from .draw import check_target, draw_answer
+from .screen import CUT, Screen, reply_as_json, spell_call
 from .session import Session
 from .speaker import Speaker, open_speaker
 
@@ -89,6 +89,7 @@ def run(
     content = (*shown, *inputs.parts(prompt, file or []))
     if draw is not None:
         inputs.picture(content)  # said before the model runs
+        check_target(draw)
     if not content:
         raise InputError("There is no prompt; give one as an argument or pipe it in.")
     opening = [Message("system", (Text(system),))] if system else []
@@ -104,6 +105,8 @@ def run(
         reply = screen.show(events)
         if reply.tool_calls and not reply.text:
             print("\n".join(map(spell_call, reply.tool_calls)))
+    if wanted is not None and reply.finish_reason in CUT:
+        raise typer.Exit(1)  # half a JSON text must not look like a whole one
     if draw is not None:
         count = draw_answer(inputs.picture(content).source, reply.text, draw)
         screen.say(f"{count} boxes are drawn into {draw}.")

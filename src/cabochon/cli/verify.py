@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .. import hub
 from ..errors import InputError
+from .tables import console
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +36,10 @@ def verify(
     tokens: Annotated[int | None, typer.Option(min=2, help="Length of the text; unset: a window and a half.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Compare a checkpoint with the transformers library, in float32 on the CPU."""
+    """Compare a checkpoint with the transformers library.
+
+    In float32, on the CPU.
+    """
     try:
         import transformers
         from transformers.utils import logging as chatter
@@ -48,15 +52,15 @@ def verify(
     folder = hub.locate(model)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; transformers reads checkpoint folders only.")
-    console = Console(stderr=True)
+    waiting = Console(stderr=True)
     with torch.no_grad():
-        with console.status("Running ours ..."):
+        with waiting.status("Running ours ..."):
             loaded = load(folder, "cpu", "float32")
             ids = _sample(loaded, tokens)
             ours, logits = _run_ours(loaded, ids)
         kinds = [spec.kind for spec in loaded.config.text.layers]
         lens = loaded.model.language_model
-        with console.status("Running transformers ..."):
+        with waiting.status("Running transformers ..."):
             chatter.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bar would fall into our line
             kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
             reference = kind.from_pretrained(folder, dtype=torch.float32).eval()
@@ -135,7 +139,7 @@ def _report(folder: Path, tokens: int, worst: dict[str, float], same: float, as_
     table.add_column("largest difference, in logits", justify="right")
     for place, difference in worst.items():
         table.add_row(place, f"{difference:.2e}")
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    console.print(table)
+    screen = console()
+    screen.print(table)
     verdict = "equal within float32's noise" if equal else f"DIFFERENT (more than {TOLERANCE:g})"
-    console.print(f"{folder.name}: {verdict}; the best next token is the same at {same:.1%} of {tokens} places.")
+    screen.print(f"{folder.name}: {verdict}; the best next token is the same at {same:.1%} of {tokens} places.")

@@ -143,8 +143,8 @@ def plan_pages(
     least = KVPlan(groups, page_size, one, value_bytes)
     if least.bytes() > budget:
         raise InputError(
-            f"The KV cache of one request of {max_tokens} tokens takes {least.bytes() / 2**30:.2f} GiB, but only "
-            f"{max(budget, 0) / 2**30:.2f} GiB are free for it; lower max_model_len or take an 8-bit KV cache."
+            f"The KV cache of one request of {max_tokens} tokens takes {least.bytes() / 2**20:,.1f} MiB, but only "
+            f"{max(budget, 0) / 2**20:,.1f} MiB are free for it; lower max_model_len or take an 8-bit KV cache."
         )
     share = (budget - least.bytes()) / (plan.bytes() - least.bytes())
     pages = {kind: one[kind] + int((full[kind] - one[kind]) * share) for kind in one}

@@ -101,8 +101,8 @@ def find(name: str) -> Hardware:
         return by_name[wanted]
     near = difflib.get_close_matches(wanted, by_name, 1, cutoff=0.75)
     known = ", ".join(device.name for device in HARDWARE)
-    hint = f"did you mean {by_name[near[0]].name}?" if near else f"known are {known}"
-    raise InputError(f"there is no data for the device {name!r}; {hint} Or give its memory: --memory 24GiB")
+    hint = f"did you mean {by_name[near[0]].name}" if near else f"known are {known}"
+    raise InputError(f"There is no data for the device {name!r}; {hint}, or give its memory: --memory 24GiB")
 
 
 def _plain(name: str) -> str:
@@ -132,8 +132,11 @@ def measurement_file() -> Path:
 def remember(measured: Measured) -> Path:
     """Keep a measurement for the planner."""
     path = measurement_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(measured), indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(measured), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error.strerror}); set XDG_CACHE_HOME to another folder.") from None
     return path
 
 

@@ -273,11 +273,13 @@ def _kv_part(config: ModelConfig, group: KVGroup, work: Workload, page_bytes: in
 def _check(config: ModelConfig, work: Workload) -> None:
     longest = config.text.max_position_embeddings
     if work.context > longest:
-        raise InputError(f"a context of {work.context:,} tokens is more than the model's {longest:,}")
+        raise InputError(f"A context of {work.context:,} tokens is more than the model's {longest:,}; ask for less.")
     if (taken := image_tokens(config, work.images)) >= work.context:
-        raise InputError(f"{work.images} images take {taken:,} tokens, but the context is {work.context:,}")
+        raise InputError(
+            f"{work.images} images take {taken:,} tokens, but the context is {work.context:,}; show fewer."
+        )
     if work.images and config.vision is None:
-        raise InputError("this checkpoint has no vision part; leave the images out")
+        raise InputError("This checkpoint has no vision part; leave the images out.")
     heads = config.text.layers[0].q_heads
     if work.ranks < 1 or heads % work.ranks:
-        raise InputError(f"{work.ranks} ranks can't share {heads} attention heads evenly; take a divisor of {heads}")
+        raise InputError(f"{work.ranks} ranks can't share {heads} attention heads evenly; take a divisor of {heads}.")

@@ -33,7 +33,7 @@ def parse_bytes(text: str) -> int:
     """
     number, unit = _split(text)
     if unit not in _BYTES or not 0 < (size := number * _BYTES[unit]) <= _MOST_BYTES:
-        raise InputError(f"{text!r} is no size of memory; write a number and a unit, such as 24GiB, 24GB or 512MiB")
+        raise InputError(f"{text!r} is no size of memory; write a number and a unit, such as 24GiB, 24GB or 512MiB.")
     return int(size)
 
 
@@ -46,7 +46,7 @@ def parse_tokens(text: str) -> int:
     number, unit = _split(text)
     scale = {"": 1, "k": 1024, "m": 1024**2}.get(unit, 0)
     if not 1 <= (count := number * scale) <= _MOST_TOKENS:
-        raise InputError(f"{text!r} is no number of tokens; write for example 32k or 32768")
+        raise InputError(f"{text!r} is no number of tokens; write for example 32k or 32768.")
     return int(count)
 
 

@@ -121,14 +121,14 @@ def open_random(model: str) -> tuple[ModelConfig, RandomSource]:
     name, _, query = model.removeprefix(PREFIX).partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := set(options) - {"layers", "seed", "media"}:
-        raise InputError(f"{model!r}: unknown option {sorted(unknown)[0]}; known are layers=N, seed=N and media=no")
+        raise InputError(f"{model!r}: unknown option {sorted(unknown)[0]}; known are layers=N, seed=N and media=no.")
     raw = variants.find(name).config()
     if "layers" in options:
         raw["text_config"] = cut_layers(raw["text_config"], _number(model, "layers", options["layers"]))
     if options.get("media") == "no":
         raw |= {"vision_config": None, "audio_config": None}
     elif "media" in options:
-        raise InputError(f"{model!r}: media={options['media']!r}; the only choice is media=no")
+        raise InputError(f"{model!r}: media={options['media']!r}; the only choice is media=no.")
     config = read_config(raw)
     return config, RandomSource(config, _number(model, "seed", options.get("seed", "0")))
 
@@ -141,12 +141,14 @@ def cut_layers(text: dict[str, Any], layers: int) -> dict[str, Any]:
         return text
     if not period <= layers <= full or layers % period:
         allowed = ", ".join(str(n) for n in range(period, full + 1, period))
-        raise InputError(f"layers={layers} can't be; this size repeats a pattern of {period}, so take one of {allowed}")
+        raise InputError(
+            f"There are no {layers} layers; this size repeats a pattern of {period}, so take one of {allowed}."
+        )
     shared = min(round(text["num_kv_shared_layers"] * layers / full / period) * period, layers - period)
     return {**text, "num_hidden_layers": layers, "layer_types": kinds[:layers], "num_kv_shared_layers": shared}
 
 
 def _number(model: str, key: str, value: str) -> int:
     if not value.isdecimal():
-        raise InputError(f"{model!r}: {key}={value!r}; it must be a whole number")
+        raise InputError(f"{model!r}: {key}={value!r}; it must be a whole number.")
     return int(value)
