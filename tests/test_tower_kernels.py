@@ -116,12 +116,33 @@ def test_turn(heads, head, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 37, 3, 24), (1, 130, 2, 72), (1, 257, 2, 64), (1, 128, 1, 8)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 37, 3, 24), (1, 130, 2, 72), (1, 397, 2, 64), (1, 384, 1, 8)])
 def test_attend_all(shape, dtype):
-    """Counts around the blocks of 128 keys and 24 queries, widths that fill no register."""
+    """Counts around the blocks of 384 keys, tiles of 12 and 32 queries, widths that fill no register or tile."""
     q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
     got = agree("attend_all", dtype, q, k, v)
+    torch.set_num_threads(3)
     assert torch.equal(ops.attend_all(q[:1], k[:1], v[:1]), got[:1]), "a picture does not depend on the one beside it"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("keys", ["rising", "falling"])
+def test_attend_all_when_scores_grow_beyond_what_was_taken_off(keys, dtype):
+    """Scores from 0 to 300 for one query, all near 0 for the other: each has its own moments of being weighed anew."""
+    q = torch.tensor([1.0, 2**-10]).repeat(250).reshape(1, 500, 1, 1).expand(1, 500, 1, 8).to(dtype)
+    size = torch.linspace(0, 37.5, 500)
+    k = (size if keys == "rising" else size.flip(0)).reshape(1, 500, 1, 1).expand(1, 500, 1, 8).to(dtype)
+    agree("attend_all", dtype, q, k, torch.randn(1, 500, 1, 8).to(dtype))
+
+
+def test_attend_all_does_not_hide_what_is_not_a_number():
+    q = torch.randn(1, 70, 1, 16).bfloat16()
+    k, v = q.clone(), q.clone()
+    q[0, 40] = torch.nan
+    out = ops.attend_all(q, k, v)
+    assert out[0, 40].isnan().all() and not out[0, :40].isnan().any() and not out[0, 41:].isnan().any()
+    k[0, 69] = torch.inf
+    assert not ops.attend_all(q, k, v).isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

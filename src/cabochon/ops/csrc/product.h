@@ -9,13 +9,6 @@
 
 namespace {
 
-#if CABOCHON_AVX512
-constexpr int UPRIGHT = 12;  // rows of a tile: with two registers of outputs, 24 sums
-#elif CABOCHON_AVX2
-constexpr int UPRIGHT = 2;
-#else
-constexpr int UPRIGHT = 1;
-#endif
 constexpr long STRIP = 2 * LANES, STRIPS = 4;       // outputs of a strip; strips of an item, at most
 constexpr long DEPTH = 640;                         // words along the inner axis before sums go to memory
 constexpr long SHEET = 96, ROWS_PACKED = 1536;      // rows that meet a depth of the matrix together; that are packed together
@@ -93,13 +86,13 @@ struct Tower {
         if (op.how == GELU_TIMES || op.how == GATED) {
             b = cut(b, op.out[1].low, op.out[1].high);
             a = op.how == GATED ? a * logistic(b) : gelu(a) * b;
-            return left >= LANES ? put_weights(to, a) : put(to, a, left);
+            return left >= LANES ? put_rounded(to, a) : put(to, a, left);
         }
         b = cut(b, op.out[0].low, op.out[0].high);
         if (op.how == SILU) a = a * logistic(a), b = b * logistic(b);
         if (left >= STRIP) {
-            put_weights(to, a);
-            put_weights(to + LANES, b);
+            put_rounded(to, a);
+            put_rounded(to + LANES, b);
         } else {
             put(to, a, least(left, LANES));
             if (left > LANES) put(to + LANES, b, left - LANES);
