@@ -118,7 +118,7 @@ void blend_row(const Blend& op, long row) {
     const F16 scale = splat(1.0f / square_root(sum(squares) / width + op.eps));
     for (long i = 0; i < width; i += LANES) {
         const F16 v = get(mixed + i) * scale * get(weight + i, width - i);
-        put(static_cast<T*>(op.y) + row * width + i, v * logistic(v), width - i);
+        put(static_cast<T*>(op.y) + row * width + i, v * logistic<sizeof(T) == 2>(v), width - i);
     }
 }
 

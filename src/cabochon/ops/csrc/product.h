@@ -15,11 +15,28 @@ constexpr long SHEET = 96, ROWS_PACKED = 1536;      // rows that meet a depth of
 
 // Not-a-numbers pass, as they do in torch.
 INLINE F16 cut(F16 v, float low, float high) {
+#if CABOCHON_AVX512
+    v = peak(splat(low), v);
+    v.part[0] = (F16::Part)_mm512_min_ps(_mm512_set1_ps(high), (__m512)v.part[0]);
+    return v;
+#else
     v = select(splat(low) > v, splat(low), v);
     return select(v > splat(high), splat(high), v);
+#endif
 }
 
-INLINE F16 logistic(F16 v) { return 1.0f / (1.0f + exponential(0.0f - v)); }
+// 1 / (1 + e^-v); to 2e-4 of its value where the result is rounded to bfloat16.
+template <bool Rounded>
+INLINE F16 logistic(F16 v) {
+#if CABOCHON_AVX512
+    if constexpr (Rounded) {
+        F16 r;
+        r.part[0] = (F16::Part)_mm512_rcp14_ps((__m512)(1.0f + decay<true>(zero(), v)).part[0]);
+        return r;
+    }
+#endif
+    return 1.0f / (1.0f + exponential(0.0f - v));
+}
 
 struct Tower {
     static constexpr bool pairs = PAIRS<Bf16>;
@@ -85,11 +102,11 @@ struct Tower {
         a = cut(a, op.out[0].low, op.out[0].high);
         if (op.how == GELU_TIMES || op.how == GATED) {
             b = cut(b, op.out[1].low, op.out[1].high);
-            a = op.how == GATED ? a * logistic(b) : gelu(a) * b;
+            a = op.how == GATED ? a * logistic<true>(b) : a * logistic<true>(gelu_slope(a)) * b;
             return left >= LANES ? put_rounded(to, a) : put(to, a, left);
         }
         b = cut(b, op.out[0].low, op.out[0].high);
-        if (op.how == SILU) a = a * logistic(a), b = b * logistic(b);
+        if (op.how == SILU) a = a * logistic<true>(a), b = b * logistic<true>(b);
         if (left >= STRIP) {
             put_rounded(to, a);
             put_rounded(to + LANES, b);

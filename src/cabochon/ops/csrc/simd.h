@@ -317,11 +317,9 @@ INLINE F16 exponential(F16 x) {
     return select(tiny, zero(), p * as<F16>((n + 127) << 23));
 }
 
-// x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is gelu with tanh.
-INLINE F16 gelu(F16 x) {
-    const F16 inner = x * fma(x * x, splat(0.0713548162726f), splat(1.59576912161f));
-    return x / (1.0f + exponential(0.0f - inner));
-}
+// gelu with tanh is x * sigmoid(gelu_slope(x)), where that is 2 sqrt(2/pi) (x + 0.044715 x^3).
+INLINE F16 gelu_slope(F16 x) { return x * fma(x * x, splat(0.0713548162726f), splat(1.59576912161f)); }
+INLINE F16 gelu(F16 x) { return x / (1.0f + exponential(0.0f - gelu_slope(x))); }
 
 // tanh by e^2x; the absolute error stays at float32's.
 INLINE F16 hyperbolic_tangent(F16 x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
