@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int LOW = (UPRIGHT + 1) / 2;              // rows of a last tile, where that is enough
 constexpr long STRIP = 2 * LANES, STRIPS = 4;       // outputs of a strip; strips of an item, at most
 constexpr long DEPTH = 640;                         // words along the inner axis before sums go to memory
 constexpr long SHEET = 96, ROWS_PACKED = 1536;      // rows that meet a depth of the matrix together; that are packed together
@@ -116,31 +117,32 @@ struct Tower {
         }
     }
 
-    void tile(const uint32_t* left, const uint32_t* strip, long from, float* sums, long row, long rows, long output) const {
-        F16 acc[UPRIGHT][2];
+    template <int R>
+    void tile(const uint32_t* left, const uint32_t* strip, long from, float* sums, long row, long output) const {
+        F16 acc[R][2];
 #pragma GCC unroll 12  // else GCC keeps the sums in memory
-        for (int r = 0; r < UPRIGHT; ++r)
+        for (int r = 0; r < R; ++r)
             for (int c = 0; c < 2; ++c) acc[r][c] = from ? get(sums + r * STRIP + c * LANES) : zero();
         const long until = least(from + depth, inner);
         for (long k = from; k < until; ++k) {
             __builtin_prefetch(left + (k + 24) * UPRIGHT);  // the strip's own stream is found by the CPU
             const F16 low = load<F16>(strip + k * STRIP), high = load<F16>(strip + k * STRIP + LANES);
 #pragma GCC unroll 12
-            for (int r = 0; r < UPRIGHT; ++r) {
+            for (int r = 0; r < R; ++r) {
                 acc[r][0] = step<pairs>(acc[r][0], left[k * UPRIGHT + r], low);
                 acc[r][1] = step<pairs>(acc[r][1], left[k * UPRIGHT + r], high);
             }
         }
         if (until < inner) {
 #pragma GCC unroll 12
-            for (int r = 0; r < UPRIGHT; ++r)
+            for (int r = 0; r < R; ++r)
                 for (int c = 0; c < 2; ++c) put(sums + r * STRIP + c * LANES, acc[r][c]);
             return;
         }
         auto* to = static_cast<Bf16*>(op.y.data) + row * op.y.stride + output;
 #pragma GCC unroll 12
-        for (int r = 0; r < UPRIGHT; ++r)
-            if (r < rows) finish(op, to + r * op.y.stride, acc[r][0], acc[r][1], op.y.width - output);
+        for (int r = 0; r < R; ++r)
+            if (row + r < op.x.count) finish(op, to + r * op.y.stride, acc[r][0], acc[r][1], op.y.width - output);
     }
 
     // Strips first .. last over the packed rows `row` .. `row` + `count`.
@@ -151,9 +153,11 @@ struct Tower {
         for (long top = 0; top < count; top += SHEET)
             for (long from = 0; from < inner; from += depth)
                 for (long r = top; r < least(count, top + SHEET); r += UPRIGHT)
-                    for (long s = first; s < last; ++s)
-                        tile(left + r * inner, packed + (s - first) * STRIP * inner, from,
-                             sums + ((r - top) * STRIPS + (s - first) * UPRIGHT) * STRIP, row + r, count - r, s * columns);
+                    for (long s = first; s < last; ++s) {
+                        const auto some = count - r > LOW ? &Tower::tile<UPRIGHT> : &Tower::tile<LOW>;
+                        (this->*some)(left + r * inner, packed + (s - first) * STRIP * inner, from,
+                                      sums + ((r - top) * STRIPS + (s - first) * UPRIGHT) * STRIP, row + r, s * columns);
+                    }
     }
 
     // Strips per item so that the threads end together.
