@@ -19,8 +19,8 @@ from .session import Session
 from .speaker import Speaker, open_speaker
 
 BANNER = (
-    "pebble, a small demonstration model made for this package, without Google's weights: "
-    "sums, a few tools, little else. For the real ones see: cabochon models"
+    "pebble, a small demonstration model made for this package, without Google's weights.\n"
+    "It knows sums, shapes, a few tools, little else. For the real ones see: cabochon models"
 )
 
 Model = Annotated[str | None, typer.Argument(help="A folder, a repository or a short name; none: the bundled model.")]
