@@ -275,6 +275,8 @@ def test_a_phone(browser: Any, base: str) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     say(page, "What is 12 + 30? " + "word " * 60)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    tops = page.evaluate("[...document.querySelectorAll('header button')].map(b => b.getBoundingClientRect().top)")
+    assert len(set(tops)) == 1, "the buttons take two rows"
     keep(page, "page-phone.png")
     page.click("#open-settings")
     assert page.locator("[name=temperature]").is_visible()
