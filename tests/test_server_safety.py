@@ -66,6 +66,31 @@ def test_limits(llm: AsyncLLM) -> None:
     assert settled(llm)
 
 
+@pytest.mark.parametrize(
+    ("body", "sentence", "field"),
+    [
+        ({"messages": []}, "messages has 0 entries, but must have at least 1.", "messages"),
+        ({"stop": ["ok", ""]}, "stop[1] is '': string should have at least 1 character.", "stop[1]"),
+        ({"stop": 5}, "stop is 5, but must be a valid string.", "stop"),
+    ],
+)
+def test_what_is_wrong_is_said_without_our_own_words(
+    llm: AsyncLLM, body: dict[str, Any], sentence: str, field: str
+) -> None:
+    with running(llm) as base:
+        whole = {"messages": [{"role": "user", "content": "Hi"}], **body}
+        error = httpx.post(f"{base}/v1/chat/completions", json=whole).json()["error"]
+    assert (error["message"], error["param"]) == (sentence, field)
+
+
+def test_a_body_that_does_not_say_it_is_json(llm: AsyncLLM) -> None:
+    """What curl sends with -d and without a header."""
+    with running(llm) as base:
+        answer = httpx.post(f"{base}/v1/chat/completions", data={"{}": ""})
+    assert answer.status_code == 400
+    assert "send it with the header content-type: application/json" in answer.json()["error"]["message"]
+
+
 def test_files_and_inner_addresses_are_out_of_reach(llm: AsyncLLM) -> None:
     with running(llm) as base:
         for url in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.png"):

@@ -102,6 +102,12 @@ def wire_fault(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         return f"{name or 'The body'} is missing.", name
     if worst["type"] == "json_invalid":
         return f"The body is not JSON: {worst.get('ctx', {}).get('error', message)}.", None
+    if not path and isinstance(worst.get("input"), bytes):
+        return "The body did not come as JSON; send it with the header content-type: application/json.", None
+    limits = worst.get("ctx", {})
+    if worst["type"] in ("too_short", "too_long"):
+        bound = f"at least {limits['min_length']}" if "min_length" in limits else f"at most {limits['max_length']}"
+        return f"{name or 'The body'} has {limits['actual_length']} entries, but must have {bound}.", name
     came = _shown(worst.get("input"))
     wanted = message.removeprefix("Input should be ").removeprefix("Input should ")
     if wanted == message:
@@ -116,7 +122,7 @@ def _path(loc: Sequence[Any]) -> list[Any]:
 
 
 def _is_field(part: str) -> bool:
-    return not (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool", "[key]"))
+    return not (part[:1].isupper() or "[" in part or "-" in part or part in ("str", "int", "float", "bool", "[key]"))
 
 
 def _spelt(path: Sequence[Any]) -> str | None:
