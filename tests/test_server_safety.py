@@ -91,6 +91,23 @@ def test_a_body_that_does_not_say_it_is_json(llm: AsyncLLM) -> None:
     assert "send it with the header content-type: application/json" in answer.json()["error"]["message"]
 
 
+def test_an_engine_that_has_stopped_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault outside of any request's own: replies end, and who watches /health can start the server anew."""
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    llm = toy_llm()
+    with running(llm) as base:
+        assert httpx.get(f"{base}/health").status_code == 200
+        monkeypatch.setattr(llm.front.engine, "step", fail)
+        assert post(base, CHAT, SHORT).status_code == 500
+        assert httpx.get(f"{base}/health").json() == {"status": "stopped"}
+        assert httpx.get(f"{base}/health").status_code == 503
+        assert post(base, CHAT, SHORT).status_code == 500, "the second request waits for nobody"
+    llm.close()
+
+
 def test_files_and_inner_addresses_are_out_of_reach(llm: AsyncLLM) -> None:
     with running(llm) as base:
         for url in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.png"):

@@ -7,10 +7,11 @@ client or a long prompt holds nobody up. Requests that can't be served are refus
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ from .face import Face
 from .front import Ask, ConstraintMaker, Front, Tools
 from .replies import Chunk, failure
 
+log = logging.getLogger("cabochon")
 CLOSED = "The engine has been closed."
 
 
@@ -43,6 +45,11 @@ class AsyncLLM(Face):
     def stats(self) -> Stats:
         """The engine's counters (being written to; read them, don't keep them)."""
         return self.front.engine.stats
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has been closed or has stopped on a fault of its own."""
+        return not self._closing
 
     def gauges(self) -> Gauges:
         """What the engine holds at the moment."""
@@ -139,7 +146,7 @@ class AsyncLLM(Face):
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step."""
-        if not self._closing:
+        with suppress(EngineError):  # an engine that has stopped runs nothing
             self._post(lambda: self.front.engine.abort(request_id))
 
     # The border -------------------------------------------------------------------------------------------------------
@@ -149,8 +156,8 @@ class AsyncLLM(Face):
         engine.validate(request)
         queue: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._mail[request.id] = (asyncio.get_running_loop(), queue)
-        self._post(lambda: engine.add(request))
         try:
+            self._post(lambda: engine.add(request))
             while not ask.over:
                 output = await queue.get()
                 reply = ask.replies[output.index]
@@ -181,6 +188,8 @@ class AsyncLLM(Face):
             while self._wait():
                 if self.front.engine.busy:
                     self._deliver(self.front.engine.step())
+        except Exception:
+            log.critical("The engine has stopped; start the program anew.", exc_info=True)
         finally:
             self._closing = True
             ended = [StepOutput(name, 0, (), finish_reason="error", error=CLOSED) for name in list(self._mail)]

@@ -66,9 +66,11 @@ def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
     async def docs() -> Response:
         return FileResponse(STATIC / "docs.html", headers={"Content-Security-Policy": ONLY_OURS})
 
-    @app.get("/health", summary="The process is alive", tags=["Operation"])
+    @app.get(
+        "/health", summary="The engine is alive", tags=["Operation"], responses={503: {"description": "It has stopped"}}
+    )
     async def health() -> Response:
-        return Json({"status": "ok"})
+        return Json({"status": "ok"}) if service.llm.alive else Json({"status": "stopped"}, 503)
 
     @app.get(
         "/ready", summary="New requests are taken", tags=["Operation"], responses={503: {"description": "Draining"}}
