@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cabochon.chat.parser import Parser
 from cabochon.chat.tokenizer import Tokenizer
-from cabochon.engine.request import TokenLogprob
+from cabochon.engine.request import StepOutput, TokenLogprob
+from cabochon.llm.replies import ChatReply
 from cabochon.server import wire
 from cabochon.server.response_writer import ResponseWriter
 from support.words import small_tokenizer
@@ -25,7 +25,6 @@ REPLIES = {
     "before a thought": ["Well, \n", "<|channel>", "thought\n", "hm", "<channel|>", "yes."],
     "before a call": ["One moment.\n", *CALL],
     "around a call": ["One moment. ", *CALL, "There."],
-    "a call that can't be read": ["One moment. ", "<|tool_call>", "oops", '<|"|>', "<tool_call|>", "There."],
     "a stray marker": ["a", "<|image|>", "b", "<turn|>"],
 }
 
@@ -35,15 +34,18 @@ def words() -> Tokenizer:
     return small_tokenizer()
 
 
-def written(words: Tokenizer, reply: Sequence[int]) -> list[dict[str, Any]]:
-    """The output items of a reply whose tokens come one a step."""
+def written(words: Tokenizer, steps: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """The output items of a reply whose tokens come in these steps."""
     ids = count()
     request = wire.ResponsesRequest(input="Go on.", top_logprobs=0)
     writer = ResponseWriter("resp_1", 0, "toy", request, lambda kind: f"{kind}_{next(ids)}", words)
-    parser = Parser(words)
-    for token in reply:
-        writer.events(parser.push([token]), [TokenLogprob(token, -0.5)])
-    writer.events(parser.finish("stop"))
+    reply = ChatReply(words, "start", (), 0)
+    for step in steps:
+        logprobs = tuple(TokenLogprob(token, -0.5) for token in step)
+        chunk = reply.push(
+            StepOutput("toy", 0, tuple(step), logprobs, finish_reason="stop" if step is steps[-1] else None)
+        )
+        writer.events(chunk.events, chunk.spoken)
     return writer.output
 
 
@@ -57,10 +59,11 @@ def text_and_spelt(words: Tokenizer, output: list[dict[str, Any]]) -> tuple[str,
 
 
 @pytest.mark.parametrize("pieces", REPLIES.values(), ids=REPLIES.keys())
-def test_logprobs_spell_the_text(words: Tokenizer, pieces: list[str]) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["token by token", "in one step"])
+def test_logprobs_spell_the_text(words: Tokenizer, pieces: list[str], together: bool) -> None:
     named = {spelling: token for token, spelling in words.control.items()}
     ids = [token for piece in pieces for token in ([named[piece]] if piece in named else words.encode(piece))]
-    text, spelt = text_and_spelt(words, written(words, ids))
+    text, spelt = text_and_spelt(words, written(words, [ids] if together else [[token] for token in ids]))
     assert text and spelt == text
 
 
@@ -68,5 +71,5 @@ def test_logprobs_of_random_tokens(words: Tokenizer) -> None:
     """Letters, broken letters and quotes in any order."""
     tokens = [token for token in range(len(words)) if token not in words.control] + 20 * [words.quote]
     for _ in range(100):
-        text, spelt = text_and_spelt(words, written(words, random.choices(tokens, k=40)))
+        text, spelt = text_and_spelt(words, written(words, [[token] for token in random.choices(tokens, k=40)]))
         assert spelt == text

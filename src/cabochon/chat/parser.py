@@ -55,6 +55,8 @@ class Parser:
         self.tokens = 0
         """Tokens so far; those of the thinking with its markers are in `reasoning_tokens` too."""
         self.reasoning_tokens = 0
+        self.spoken: list[int] = []
+        """Places in the last push of the tokens that the answer's text shows: not those of thoughts, calls, markers."""
 
     @property
     def thinking(self) -> bool:
@@ -64,7 +66,10 @@ class Parser:
     def push(self, token_ids: Iterable[int]) -> list[Event]:
         """Take the next ids; returns what became certain, neighbouring deltas of one kind joined."""
         control = self._tokenizer.control
-        for token_id in token_ids:
+        self.spoken = []
+        for place, token_id in enumerate(token_ids):
+            if self._state in ("start", "content") and (token_id not in control or token_id == self._tokenizer.quote):
+                self.spoken.append(place)
             self.tokens += 1
             self.reasoning_tokens += self.thinking or token_id == self._tokenizer.channel_open
             if token_id in control:

@@ -25,6 +25,8 @@ class Chunk:
     """Of a chat reply: the events that became certain."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    spoken: tuple[TokenLogprob, ...] = ()
+    """Of a chat reply: those of `logprobs` whose tokens the answer's text shows."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: EngineFinish | None = None
     stop_reason: int | str | None = None
@@ -95,6 +97,7 @@ class RawReply:
             (),
             output.token_ids,
             output.logprobs,
+            (),
             output.prompt_logprobs,
             reason,
             stop,
@@ -143,6 +146,7 @@ class ChatReply:
             tuple(events),
             output.token_ids,
             output.logprobs,
+            tuple(output.logprobs[place] for place in self._parser.spoken) if output.logprobs else (),
             output.prompt_logprobs,
             reason,
             stop,

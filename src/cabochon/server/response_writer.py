@@ -6,7 +6,7 @@ and may be sent back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..chat.events import ArgumentsDelta, Event, Finish, TextDelta, ThinkingDelta, ToolCallDelta, Usage, Warned
@@ -97,10 +97,10 @@ class ResponseWriter:
             self._event("response.in_progress", response=self.object()),
         ]
 
-    def events(self, events: Iterable[Event], logprobs: Sequence[TokenLogprob] = ()) -> list[dict[str, Any]]:
-        """The stream's events for one step; the response's state moves along."""
+    def events(self, events: Iterable[Event], spoken: Iterable[TokenLogprob] = ()) -> list[dict[str, Any]]:
+        """The stream's events for one step, `spoken` as in a `Chunk`; the response's state moves along."""
         written: list[dict[str, Any]] = []
-        self._wait(logprobs)
+        self._waiting += spoken
         for event in events:
             match event:
                 case TextDelta(text):
@@ -110,7 +110,6 @@ class ResponseWriter:
                 case ArgumentsDelta():
                     written += self._argue(event)
                 case ToolCallDelta():
-                    self._waiting.clear()
                     written += self._end_call("completed")
                 case Warned(text):
                     self._warnings.append(text)
@@ -156,28 +155,14 @@ class ResponseWriter:
         item["content"] = [part]
         return [*written, self._event("response.content_part.added", **self._place(), part=dict(part))]
 
-    def _wait(self, logprobs: Iterable[TokenLogprob]) -> None:
-        """Keep those that text may yet show; what thoughts and calls swallow is dropped where they are written."""
-        for one in logprobs:
-            if one.token_id == self._tokenizer.channel_close:
-                self._waiting.clear()
-            else:
-                self._waiting.append(one)
-
     def _say(self, text: str) -> list[dict[str, Any]]:
-        tokens, waiting = self._tokenizer, self._waiting
-        # Text that an opening marker sets free comes before it; the marker waits, for a broken call is shown as text.
-        keep = len(waiting) - 1 if waiting and waiting[-1].token_id == tokens.tool_call_open else len(waiting)
-        shown = (tokens.quote, tokens.tool_call_open, tokens.tool_call_close)
-        spoken = [one for one in waiting[:keep] if one.token_id in shown or one.token_id not in tokens.control]
-        self._waiting = waiting[keep:]
-        part, entries = self.output[-1]["content"][0], logprob_entries(tokens, spoken)
+        part, entries = self.output[-1]["content"][0], logprob_entries(self._tokenizer, self._waiting)
+        self._waiting.clear()
         part["text"] += text
         part["logprobs"] += entries
         return [self._event("response.output_text.delta", **self._place(), delta=text, logprobs=entries)]
 
     def _think(self, text: str) -> list[dict[str, Any]]:
-        self._waiting.clear()
         self.output[-1]["content"][0]["text"] += text
         return [self._event("response.reasoning_text.delta", **self._place(), delta=text)]
 
@@ -200,7 +185,6 @@ class ResponseWriter:
 
     def _argue(self, event: ArgumentsDelta) -> list[dict[str, Any]]:
         """A piece of a call, which it opens if need be."""
-        self._waiting.clear()
         written: list[dict[str, Any]] = []
         if self._open != "function_call":
             written += self._close()

@@ -88,7 +88,7 @@ async def _whole(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> None:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                writer.events(chunk.events, chunk.logprobs)
+                writer.events(chunk.events, chunk.spoken)
     finally:
         if writer.status == "in_progress":
             writer.stop("cancelled")
@@ -99,7 +99,7 @@ async def _work(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> None:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                writer.events(chunk.events, chunk.logprobs)
+                writer.events(chunk.events, chunk.spoken)
     except CabochonError as error:
         writer.stop("failed", _fault(error))
     finally:
@@ -113,9 +113,9 @@ async def _stream(writer: ResponseWriter, chunks: AsyncGenerator[Chunk]) -> Asyn
         async with aclosing(chunks):
             async for chunk in chunks:
                 events = (
-                    writer.events(chunk.events, chunk.logprobs)
+                    writer.events(chunk.events, chunk.spoken)
                     if begun
-                    else [*writer.start(), *writer.events(chunk.events, chunk.logprobs)]
+                    else [*writer.start(), *writer.events(chunk.events, chunk.spoken)]
                 )
                 begun = True
                 for event in events:
