@@ -52,7 +52,8 @@ def test_an_unknown_baseline_is_refused():
 
 
 def test_a_request_that_fails_is_no_figure(monkeypatch):
-    monkeypatch.setattr(Runner, "run", lambda self, batch: torch.full((1, 1024), torch.nan))
+    nothing = torch.full((1, 2048), torch.nan)
+    monkeypatch.setattr(Runner, "run", lambda self, batch: (nothing, nothing))
     with pytest.raises(EngineError, match="not numbers"):
         bench("latency", *SMALL, "--repeats", "1")
 

@@ -1,7 +1,8 @@
 """Whatever happens around a request, its greedy reply is the one it gives alone; and no page is ever lost.
 
-Schedules mix arrivals, priorities, forks, aborts, shared prefixes, boundaries, media, page and chunk sizes, and pools
-so small that requests have to give up their pages. Toys of two to five layers keep a schedule below 0.1 seconds.
+Schedules mix arrivals, priorities, forks, aborts, shared prefixes, boundaries, media, guesses, page and chunk sizes,
+and pools so small that requests have to give up their pages. Toys of two to five layers keep a schedule below 0.1
+seconds.
 
 Media come as their features: what towers make of pictures and sound is other tests' business.
 """
@@ -9,6 +10,7 @@ Media come as their features: what towers make of pictures and sound is other te
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
+from time import perf_counter
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from cabochon.engine.engine import Engine
 from cabochon.engine.options import EngineOptions
 from cabochon.engine.request import Request, SoftSpan
+from cabochon.engine.speculative import Speculator
 from cabochon.kv.layout import kv_groups, request_pages
 from support.greedy import NOISE, Ties, alone, greedy, own_logits, penalised, same_reply
 from support.toys import IDS, SIZES, random_ids, toy_model
@@ -173,19 +176,40 @@ schedules = st.fixed_dictionaries(
         "max_snapshots": st.sampled_from([3, 6, 1, 0]),
         "enable_prefix_caching": st.sampled_from([True, True, True, True, False]),
         "skip_unwanted": st.sampled_from([True, True, False]),
+        "guesses": st.sampled_from([0, 0, 1, 3, 5]),
+        "lies": st.integers(0, 4),
     }
 )
+
+
+class Clairvoyant(Speculator):
+    """Knows the replies, and lies in every so manyth guess."""
+
+    def __init__(self, engine, most, lies, replies):
+        super().__init__(None, engine.runner.model.language_model, engine.cache, most, engine.stats, perf_counter)
+        self.lies, self.replies, self.told = lies, replies, 0
+
+    def guess(self, tracks, hidden):
+        assert hidden.shape == (len(tracks), HIDDEN)
+        for track in tracks:
+            reply = self.replies[int(track.request.id)][: track.request.params.max_tokens - 1]
+            true = reply[track.generated : track.generated + self.most]
+            self.told += len(true)
+            track.guess([0 if self.lies and (self.told + i) % self.lies == 0 else t for i, t in enumerate(true)])
 
 
 def run(size, schedule):
     """Play a schedule and hold every reply against the one given alone."""
     schedule = dict(schedule)
     guests, spare = schedule.pop("visits"), schedule.pop("spare")
+    guesses, lies = schedule.pop("guesses"), schedule.pop("lies")
     prompts = [guest.prompt(size) for guest in guests]
     groups = kv_groups(network(size).config.text.layers)
     least = [request_pages(groups[kind], CONTEXT, schedule["block_size"]) for kind in ("sliding", "global")]
     blocks = (least[0] + spare[0], least[1] + spare[1])
     engine = Engine(network(size), EngineOptions(num_blocks=blocks, **schedule), max_model_len=CONTEXT)
+    if guesses:
+        engine.speculator = Clairvoyant(engine, guesses, lies, [expected(size, prompt) for prompt in prompts])
     replies = {(i, k): [] for i, guest in enumerate(guests) for k in range(guest.n)}
     reasons = {}
     step = 0
@@ -219,6 +243,7 @@ def run(size, schedule):
     assert engine.cache.full.used == len({snapshot.tail for snapshot in kept} - {None})
     stats = engine.stats
     seen[size] += Counter(preempted=stats.preemptions, hits=stats.prefix_hits, saved=stats.tokens_saved)
+    seen[size] += Counter(came_true=stats.accepted, were_lies=stats.drafted - stats.accepted)
 
 
 def _request(i, guest, prompt, size):
@@ -271,6 +296,8 @@ def test_no_reply_depends_on_its_schedule(size):
     assert seen[size]["preempted"] > 3
     assert seen[size]["hits"] > 3
     assert seen[size]["saved"] > 20
+    assert seen[size]["came_true"] > 3
+    assert seen[size]["were_lies"] > 3
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def test_nothing_in_a_decode_step_waits_for_the_device(size, kernels):
         if takes(batch):
             frames.append(Frame(Shape.of(batch), batch))
             frames[-1].fill(batch)
-        return torch.zeros(batch.tokens, model.config.text.vocab_size, device=DEVICE)[-1:]
+        logits = torch.zeros(1, model.config.text.vocab_size, device=DEVICE)
+        return logits, logits[:, : model.config.text.hidden_size]
 
     engine.runner.run = run
     engine.add(Request("a", [5], SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_tokens=2)))

@@ -27,7 +27,8 @@ class Padded(Runner):
         self.steps += 1
         frame = self.frames.setdefault(Shape.of(batch), Frame(Shape.of(batch), batch))
         frame.fill(batch)
-        return self.model(frame.batch)[: batch.tokens]
+        logits, hidden = self.model.step(frame.batch)
+        return logits[: batch.tokens], hidden[: batch.tokens]
 
 
 def replies(size: str, runner: type[Runner], device: str = "cpu", **options) -> tuple[dict[str, list[int]], Runner]:

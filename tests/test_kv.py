@@ -83,7 +83,6 @@ def test_31b_with_its_whole_context_takes_13_5_gib():
 def test_a_window_needs_no_second_set_of_pages():
     group = kv_groups(text("31B").layers)["sliding"]
     assert request_pages(group, 262_144, 32) == 1024 // 32 + 1
-    assert request_pages(group, 262_144, 32, unverified=8) == 1024 // 32 + 2
     assert request_pages(group, 100, 32) == 4
     assert request_pages(group, 262_144, 1) == 1024 + 1
 

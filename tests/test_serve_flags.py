@@ -20,18 +20,21 @@ import torch
 from cabochon.chat.messages import Message, Text
 from cabochon.cli.serve import build
 from cabochon.cli.serve_flags import ServeSettings, read_settings
+from cabochon.config import read_config
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.llm import AsyncLLM
 from cabochon.llm.prepare import prepare
+from cabochon.model.drafter import Drafter
 from cabochon.server import door
 from cabochon.server.app import create_app
 from cabochon.server.ask import Ask
 from cabochon.server.options import ServerOptions
 from cabochon.server.service import Service
+from cabochon.weights.load import save
 from support.serving import Process, serving
 from support.speaking import save_seeing
-from support.toys import SIZES
+from support.toys import SIZES, calm_, toy_drafter_json
 
 RECIPES = {
     "quick start": "google/gemma-4-E4B-it --max-model-len 131072",
@@ -61,6 +64,8 @@ RECIPES = {
     """--limit-mm-per-prompt '{"image": 4, "audio": 1}'""",
     "for benchmarks": "google/gemma-4-31B-it --max-model-len 32768 --no-enable-prefix-caching "
     """--limit-mm-per-prompt '{"image": 0, "audio": 0}' --async-scheduling""",
+    "drafter": "google/gemma-4-E2B-it --speculative-config "
+    """'{"model":"google/gemma-4-E2B-it-assistant","num_speculative_tokens":2}'""",
     "images only": "google/gemma-4-E2B-it --limit-mm-per-prompt.audio 0",
     "text only": """google/gemma-4-E2B-it --limit-mm-per-prompt '{"image": 0, "audio": 0}'""",
     "language model only": "google/gemma-4-26B-A4B-it --language-model-only",
@@ -89,10 +94,17 @@ REFUSED = {
         "--tensor-parallel-size 2: splitting a model over several devices is not available yet; start with 1.",
     ),
     "short form": ("google/gemma-4-31B-it -tp 4", "splitting a model over several devices"),
-    "drafter": (
-        "google/gemma-4-E2B-it --speculative-config "
-        """'{"model":"google/gemma-4-E2B-it-assistant","num_speculative_tokens":2}'""",
-        "--speculative-config: speculative decoding is not served yet; without it the answers are the same.",
+    "guesses by other means": (
+        'google/gemma-4-E2B-it --speculative-config \'{"method":"ngram","num_speculative_tokens":2}\'',
+        "asks for the method 'ngram', but guesses come from the model's own drafter: mtp.",
+    ),
+    "guesses of an unknown kind": (
+        "google/gemma-4-E2B-it --speculative-config '{\"prompt_lookup_max\":2}'",
+        "--speculative-config holds 'prompt_lookup_max'; known are method, model and num_speculative_tokens.",
+    ),
+    "guesses, said twice": (
+        'google/gemma-4-E2B-it --drafter auto --speculative-config \'{"method":"mtp"}\'',
+        "give one or the other",
     ),
     "copies": ("google/gemma-4-26B-A4B-it --data-parallel-size 2", "start one server per copy"),
     "online quantisation": ("google/gemma-4-E2B-it --quantization fp8", "load a checkpoint that is quantised already"),
@@ -125,12 +137,22 @@ def toy(size: str) -> str:
     return str(save_seeing(Path(folder.name) / size, size))
 
 
+@cache
+def toy_drafter(size: str) -> str:
+    folder = Path(toy(size)) / "drafter"
+    vocab_size = read_config(Path(toy(size))).text.vocab_size
+    drafter = calm_(Drafter(read_config(toy_drafter_json(size, vocab_size=vocab_size))))
+    save(folder, drafter, drafter.config)
+    return str(folder)
+
+
 def with_a_toy(line: str) -> list[str]:
-    """The arguments, with a toy of the same size in place of the model."""
+    """The arguments, with toys of the same size in place of the model and its drafter."""
     arguments = shlex.split(line)
     place = next(index for index, argument in enumerate(arguments) if "/gemma-4-" in argument.lower())
     size = next(size for size in SIZES if f"gemma-4-{size}".lower() in arguments[place].lower())
-    return [*arguments[:place], toy(size), *arguments[place + 1 :]]
+    rest = [each.replace(f"google/gemma-4-{size}-it-assistant", toy_drafter(size)) for each in arguments[place + 1 :]]
+    return [*arguments[:place], toy(size), *rest]
 
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
@@ -252,6 +274,19 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
 
 def built(line: str) -> tuple[AsyncLLM, ServerOptions]:
     return build(read_settings([toy("E2B"), *shlex.split(line)], {}))
+
+
+def test_the_drafter_guesses() -> None:
+    drafter = toy_drafter("E2B")
+    for line, most in ((f"--drafter {drafter}", 4), ("--drafter auto --num-speculative-tokens 2", 2)):
+        llm, _ = built(line)
+        try:
+            speculator = llm.front.engine.speculator
+            assert speculator is not None and speculator.most == most
+        finally:
+            llm.close()
+    told = read("m --speculative-config " + shlex.quote('{"method": "mtp", "num_speculative_tokens": 3}'))
+    assert (told.drafter, told.engine["num_speculative_tokens"]) == ("auto", 3)
 
 
 def test_flags_reach_the_engine() -> None:

@@ -34,6 +34,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Batched = Annotated[int, typer.Option("--max-num-batched-tokens", help="Tokens per step.")]
 Seqs = Annotated[int, typer.Option("--max-num-seqs", help="Replies at once.")]
+Drafter = Annotated[str | None, typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp8 or int8.")]
 
 
@@ -58,9 +59,14 @@ def latency(
     dtype: Dtype = "auto",
     max_num_batched_tokens: Batched = 2048,
     kv_cache_dtype: Cache = "auto",
+    drafter: Drafter = None,
 ) -> None:
     """How long a prompt takes, and each token after it."""
-    options = {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype}
+    options = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_dtype": kv_cache_dtype,
+        "drafter": drafter,
+    }
     llm = _load(model, device, dtype, input_len + output_len, batch, options)
     runs = sorted(
         (_timed(llm.front.engine, _prompts(llm, batch, input_len, seed), output_len) for seed in range(repeats + 1)),
@@ -98,9 +104,14 @@ def throughput(
     max_num_seqs: Seqs = 32,
     max_num_batched_tokens: Batched = 2048,
     kv_cache_dtype: Cache = "auto",
+    drafter: Drafter = None,
 ) -> None:
     """Tokens per second of a batch that is there as a whole."""
-    options = {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype}
+    options = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_dtype": kv_cache_dtype,
+        "drafter": drafter,
+    }
     llm = _load(model, device, dtype, input_len + output_len, max_num_seqs, options)
     _timed(llm.front.engine, _prompts(llm, 1, 8, 0), 2)
     run = _timed(llm.front.engine, _prompts(llm, num_prompts, input_len, 1), output_len)
@@ -252,13 +263,19 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _shares(engine: Engine) -> dict[str, float]:
-    """Milliseconds per step in scheduling and batching, in the network, in sampling and bookkeeping."""
+    """Milliseconds per step in scheduling and batching, in the network, in sampling and bookkeeping, in guessing."""
     stats = engine.stats
     steps = max(1, stats.steps)
+    guessing = {
+        "drafter_ms_per_step": 1e3 * stats.draft_seconds / steps,
+        "guesses_per_step": stats.drafted / steps,
+        "accepted_per_step": stats.accepted / steps,
+    }
     return {
         "host_ms_per_step": 1e3 * stats.host_seconds / steps,
         "model_ms_per_step": 1e3 * stats.model_seconds / steps,
         "sampler_ms_per_step": 1e3 * stats.sampler_seconds / steps,
+        **(guessing if engine.speculator is not None else {}),
     }
 
 

@@ -109,7 +109,7 @@ def steps(
             what, moved = f"decode {requests} at {context}", weights + past
             yield Step(what, requests, timer(partial(network, batch)), moved)
             if device.type == "cuda":
-                recorder = Recorder(network)
+                recorder = Recorder(network.step)
                 yield Step(f"{what}, recorded", requests, timer(partial(recorder.run, batch)), moved)
 
 

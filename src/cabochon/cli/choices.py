@@ -26,6 +26,10 @@ class Choices:
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "auto"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto"
     quantization: Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")] = None
+    drafter: Annotated[
+        str | None,
+        typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.", metavar="MODEL"),
+    ] = None
     max_model_len: Annotated[
         str | None, typer.Option(help="Context in tokens, such as 32k; less needs less memory.", metavar="TOKENS")
     ] = None

@@ -30,6 +30,24 @@ def quantization(value: str, notices: list[str]) -> str:
     return value
 
 
+def speculation(drafter: str | None, guesses: int | None, config: str | None) -> tuple[str | None, int | None]:
+    """The drafter and the most guesses, as our flags or vLLM's JSON say."""
+    if config is None:
+        return drafter, guesses
+    flag, told = "--speculative-config", _json(config, "--speculative-config")
+    if drafter is not None or guesses is not None:
+        raise InputError(f"{flag} says what --drafter and --num-speculative-tokens say; give one or the other.")
+    method = told.pop("method", "mtp")
+    if method not in ("mtp", "draft_model"):
+        raise InputError(f"{flag} asks for the method {method!r}, but guesses come from the model's own drafter: mtp.")
+    drafter, guesses = told.pop("model", "auto"), told.pop("num_speculative_tokens", None)
+    if told:
+        raise InputError(f"{flag} holds {next(iter(told))!r}; known are method, model and num_speculative_tokens.")
+    if not isinstance(drafter, str) or not isinstance(guesses, int | None):
+        raise InputError(f"{flag}: model must be a name and num_speculative_tokens a number.")
+    return drafter, guesses
+
+
 def length(text: str | None) -> int | None:
     """`32768`, `32k` (thousands), `32K` (1024s), `auto`; as vLLM reads them."""
     if text is None or text in ("auto", "-1"):

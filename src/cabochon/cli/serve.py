@@ -70,9 +70,12 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
         quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         engine=settings.engine,
+        drafter=settings.drafter,
     )
     print(begin.summary(), file=sys.stderr, flush=True)
-    loaded = load(settings.model, settings.device, settings.dtype, quantization=begin.quantization)
+    loaded = load(
+        settings.model, settings.device, settings.dtype, quantization=begin.quantization, drafter=settings.drafter
+    )
     if settings.chat_template is not None and loaded.tokenizer is not None:
         template = template_for(None, loaded.tokenizer, "small", settings.chat_template)
         loaded = replace(loaded, template=template)

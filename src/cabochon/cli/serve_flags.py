@@ -29,6 +29,7 @@ class ServeSettings:
     dtype: str
     quantization: str
     """int8 or int4; none: as stored; auto: what fits."""
+    drafter: str | None
     max_model_len: int | None
     engine: dict[str, Any]
     """Options of the engine."""
@@ -77,6 +78,8 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         "kv_cache_memory_bytes": read.kv_cache_memory_bytes,
         "enable_prefix_caching": read.enable_prefix_caching,
     }
+    drafter, guesses = flag_values.speculation(read.drafter, read.num_speculative_tokens, read.speculative_config)
+    engine["num_speculative_tokens"] = guesses
     limits = {**flag_values.media_limits(read.limit_mm_per_prompt), **limits}
     server = {
         "host": read.host,
@@ -98,6 +101,7 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         device=read.device,
         dtype={"half": "float16", "float": "float32"}.get(read.dtype, read.dtype),
         quantization=flag_values.quantization(read.quantization, notices),
+        drafter=drafter,
         max_model_len=flag_values.length(read.max_model_len),
         engine=_given(engine),
         server=_given(server),
@@ -143,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
     add("--quantization", default="auto", metavar="FORMAT", help="int8 or int4; none; auto: coarser only if it must be")
+    add("--drafter", metavar="MODEL", help="guess tokens ahead with this checkpoint; auto: the model's own")
+    add("--num-speculative-tokens", type=int, metavar="N", help="most guesses per reply and step (4)")
+    add("--speculative-config", metavar="JSON", help="both, as vLLM spells them")
     add("--max-model-len", metavar="TOKENS", help="context; 32k and the like are understood")
     add("--max-num-seqs", type=int, metavar="N", help="most replies that run at once")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens per step")

@@ -79,11 +79,12 @@ def open_speaker(screen: Screen, model: str | None, choices: Choices) -> Speaker
         quantization=choices.quantization or "auto",
         max_model_len=flag_values.length(choices.max_model_len),
         engine={"max_num_seqs": SEATS},
+        drafter=choices.drafter,
     )
     if not inputs.piped():
         screen.plan(begin.summary())
     with _bar(screen, model or "pebble") as progress:
-        loaded = load(model, choices.device, choices.dtype, progress, begin.quantization)
+        loaded = load(model, choices.device, choices.dtype, progress, begin.quantization, choices.drafter)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise InputError(f"{loaded.name} has no tokenizer.json, so it can't chat; it serves token ids only.")

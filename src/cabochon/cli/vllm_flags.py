@@ -53,7 +53,6 @@ STORED_QUANTIZATION = frozenset(
 """Values of `--quantization` that describe what a checkpoint already is."""
 
 REFUSED: Mapping[str, str] = {
-    "--speculative-config": "speculative decoding is not served yet; without it the answers are the same",
     "--enable-lora": "adapters are not served yet; merge them into the checkpoint",
     "--lora-modules": "adapters are not served yet; merge them into the checkpoint",
     "--cpu-offload-gb": "weights can't be kept in two places yet; choose a smaller or quantised checkpoint",

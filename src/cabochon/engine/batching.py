@@ -5,7 +5,7 @@ Everything is computed in numpy for all tokens at once and goes to the device in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..model.batch import Batch, SoftTokens
 from ..ops.views import Past, Rows
 from .request import SoftSpan
 from .scheduler import Item
+from .track import Track
 
 Array = NDArray[Any]
 
@@ -35,13 +36,13 @@ def build(
     count = np.fromiter((item.count for item in items), np.int64, len(items))
     context = np.fromiter((item.context for item in items), np.int64, len(items))
     wanted = np.fromiter((item.wanted for item in items), np.int64, len(items))
-    table = np.fromiter((_row(item) for item in items), np.int64, len(items))
+    table = np.fromiter((_row(item.track) for item in items), np.int64, len(items))
     start = _starts(count)
     total = int(start[-1])
     owner = np.repeat(np.arange(len(items)), count)
     position = np.arange(total) + np.repeat(context - start[:-1], count)
     arrays: dict[str, Array] = {
-        "ids": np.concatenate([item.track.ids[item.context : item.context + item.count] for item in items]),
+        "ids": np.concatenate([item.track.span(item.context, item.context + item.count) for item in items]),
         "start": start.astype(np.int32),
         "context": context.astype(np.int32),
         "position": position.astype(np.int32),
@@ -59,17 +60,44 @@ def build(
     if not every and skip:
         reach = t["tail_until"] if "tail_until" in t else t["tail_position"]
         tail = Rows(t["tail_index"], t["tail_start"], t["tail_position"], reach, int(wanted.max()))
-    first = {"sliding": t["sliding_first"], "global": torch.zeros_like(t["context"])}
-    kinds: tuple[Kind, ...] = ("sliding", "global")
-    past = {kind: Past(t[f"{kind}_table"], first[kind], t[f"{kind}_slots"], longest[kind]) for kind in kinds}
+    past = _past(t, longest)
     only = t["tail_index"] if not every and not skip else None
     soft = _soft(spans, features, device) if spans else None
     return Batch(t["ids"], t["start"], t["context"], rows, tail, only, past, cache.store.by_layer, soft)
 
 
-def _row(item: Item) -> int:
-    assert item.track.holding is not None
-    return item.track.holding.row
+def last_rows(
+    tracks: Sequence[Track], cache: KVCache, device: torch.device
+) -> tuple[Rows, Tensor, Tensor, dict[Kind, Past]]:
+    """What a drafter asks from, between steps: one row per reply, at its last computed token, all of it in pages.
+
+    Returns the rows, `start` [R + 1] and `context` [R] of a step without tokens, and where the past lies.
+    """
+    context = np.fromiter((track.computed for track in tracks), np.int64, len(tracks))
+    row = np.fromiter((_row(track) for track in tracks), np.int64, len(tracks))
+    arrays: dict[str, Array] = {
+        "index": np.zeros(len(tracks), np.int64),
+        "each": np.arange(len(tracks) + 1, dtype=np.int32),
+        "start": np.zeros(len(tracks) + 1, np.int32),
+        "context": context.astype(np.int32),
+        "position": (context - 1).astype(np.int32),
+    }
+    nobody = np.zeros(0, np.int64)
+    longest = _pages(arrays, cache, row, nobody, context, nobody)
+    t = ship(arrays, device)
+    rows = Rows(t["index"], t["each"], t["position"], t["position"], 1)
+    return rows, t["start"], t["context"], _past(t, longest)
+
+
+def _past(t: Mapping[str, Tensor], longest: Mapping[Kind, int]) -> dict[Kind, Past]:
+    first = {"sliding": t["sliding_first"], "global": torch.zeros_like(t["context"])}
+    kinds: tuple[Kind, ...] = ("sliding", "global")
+    return {kind: Past(t[f"{kind}_table"], first[kind], t[f"{kind}_slots"], longest[kind]) for kind in kinds}
+
+
+def _row(track: Track) -> int:
+    assert track.holding is not None
+    return track.holding.row
 
 
 def _starts(count: Array) -> Array:

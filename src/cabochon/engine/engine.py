@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ContextError, InputError, RequestError
 from ..kv.cache import KVCache
+from ..model.drafter import Drafter
 from ..model.gemma4 import Gemma4
 from . import sampler
 from .batching import build, spans_of
@@ -22,12 +24,37 @@ from .request import EngineFinish, Request, StepOutput, TokenLogprob
 from .runner import Runner
 from .sampler import Drawn
 from .scheduler import Item, Plan, Scheduler
+from .speculative import Speculator
 from .stats import Gauges, Stats
 from .track import Track
 
 log = logging.getLogger(__name__)
 LONGEST_SPAN = 1120
 """Soft tokens of the largest image: an atomic span may exceed the step's budget by this."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """One reply's part of a step's drawing. More than one token comes of it where guesses came true."""
+
+    track: Track
+    row: int
+    """Of the logits that the first token is drawn from."""
+    offered: int
+    """Guesses whose logits follow that row."""
+    before: int
+    """Tokens of the track before the drawing."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def next_row(self) -> int:
+        """Of the logits after the track's newest token."""
+        return self.row + self.track.length - self.before
+
+    @property
+    def goes_on(self) -> bool:
+        """Are there such logits: has all that came been guessed?"""
+        return self.track.finish is None and self.track.length == self.before + self.track.matched
 
 
 class Engine:
@@ -42,6 +69,7 @@ class Engine:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         suppress: tuple[int, ...] = (),
+        drafter: Drafter | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         options = options or EngineOptions()
@@ -77,6 +105,10 @@ class Engine:
             budget=options.max_num_batched_tokens,
             logit_rows=max(1, 2**26 // text.vocab_size),
         )
+        self.speculator: Speculator | None = None
+        if drafter is not None:
+            most = options.num_speculative_tokens
+            self.speculator = Speculator(drafter, model.language_model, self.cache, most, self.stats, clock)
         self._suppress = torch.tensor(suppress, device=device) if suppress else None
         self._tracks: dict[str, list[Track]] = {}
         self._arrivals = 0
@@ -163,15 +195,21 @@ class Engine:
         batch = build(plan.items, self.cache, self.device, skip=self.options.skip_unwanted, features=features)
         planned = self.clock()
         try:
-            logits = self.runner.run(batch)
+            logits, hidden = self.runner.run(batch)
         except Exception as error:
             log.exception("a step failed")
             for item in plan.items:
                 self._fail(item.track, f"The model failed on this step: {error}")
             return outputs + self._farewells()
         ran = self.clock()
-        outputs += self._harvest(plan, logits)
+        turns = self._harvest(plan, logits)
         done = self.clock()
+        if self.speculator is not None:
+            if all(item.count == item.guesses + 1 for item in plan.items):
+                self.speculator.steps.add(batch.tokens, done - planned)
+            self._guess(turns, hidden)
+            self.stats.draft_seconds += self.clock() - done
+        outputs += self._told(turns)
         stats = self.stats
         stats.steps += 1
         stats.tokens_computed += batch.tokens
@@ -193,40 +231,75 @@ class Engine:
                 self._fail(item.track, faults[span.key])
         return features
 
-    def _harvest(self, plan: Plan, logits: Tensor) -> list[StepOutput]:
+    def _harvest(self, plan: Plan, logits: Tensor) -> list[Turn]:
         """After the model: name pages, keep windows, hand out prompt logits, draw tokens, part the replies."""
-        rows: list[int] = []
-        drawing: list[Track] = []
+        turns: list[Turn] = []
         at = 0
         for item in plan.items:
             track = item.track
-            self._advance(item)
+            track.guesses, track.matched = item.guesses, 0
+            self._advance(track, item.context + item.count - item.guesses)
             if item.wanted and track.scored < track.prompt_length:
                 self._score(item, logits[at : at + item.wanted])
             at += item.wanted
             if track.remaining == 0:
                 siblings = [track, *self._part(track)]
-                drawing += siblings
-                rows += [at - 1] * len(siblings)
-        if not drawing:
-            return self._farewells()
-        whole = rows == list(range(logits.shape[0]))
-        drawn = sampler.draw(logits if whole else logits[rows], drawing, self._suppress)
-        outputs = [self._take(track, result) for track, result in zip(drawing, drawn, strict=True)]
-        for track in drawing:
-            if track.finish is None and track.holding is None:
-                self._seat(track)
-        for track in drawing:
+                turns += [Turn(each, at - 1 - item.guesses, item.guesses, each.length) for each in siblings]
+        self._draw(turns, logits)
+        for turn in turns:
+            if turn.track.finish is None and turn.track.holding is None:
+                self._seat(turn.track)
+        return turns
+
+    def _draw(self, turns: list[Turn], logits: Tensor) -> None:
+        """A token for each reply, and one more for as long as a reply's tokens are those that were guessed."""
+        going = turns
+        while going:
+            rows = [turn.next_row for turn in going]
+            whole = rows == list(range(logits.shape[0]))
+            drawn = sampler.draw(logits if whole else logits[rows], [turn.track for turn in going], self._suppress)
+            for turn, result in zip(going, drawn, strict=True):
+                self._take(turn, result)
+            going = [turn for turn in going if turn.goes_on]
+        for turn in turns:
+            track = turn.track
+            if track.matched:
+                # The last token counts as not computed even where it was guessed: so ends of replies look alike.
+                self._advance(track, min(turn.before + track.matched, track.length - 1))
+
+    def _guess(self, turns: list[Turn], hidden: Tensor) -> None:
+        """Have the drafter guess for the replies that go on with one token to compute."""
+        assert self.speculator is not None
+        for turn in turns:
+            self.speculator.learn(turn.track, turn.offered)
+        ready = [turn for turn in turns if turn.track.finish is None and turn.track.holding is not None]
+        ready = [turn for turn in ready if turn.track.remaining == 1]
+        if ready:
+            rows = [turn.next_row - 1 for turn in ready]
+            try:
+                self.speculator.guess([turn.track for turn in ready], hidden[rows])
+            except Exception:  # no reply needs it
+                log.exception("the drafter failed; replies go on without guesses")
+                self.speculator = None
+
+    def _told(self, turns: list[Turn]) -> list[StepOutput]:
+        """What the turns brought, and the ends of those that it ended."""
+        outputs = []
+        for turn in turns:
+            track, tokens = turn.track, tuple(turn.track.ids[turn.before :].tolist())
+            first = turn.before == track.prompt_length and track.index == 0
+            scores = tuple(track.prompt_scores) if first and track.prompt_scores else None
+            outputs.append(self._output(track, tokens, tuple(turn.logprobs), scores))
+            self.stats.tokens_out += len(tokens)
             if track.finish is not None:
                 self._close(track)
         return [*self._farewells(), *outputs]
 
-    def _advance(self, item: Item) -> None:
-        track = item.track
+    def _advance(self, track: Track, computed: int) -> None:
         assert track.holding is not None
         if track.computed == track.cached and track.generated == 0:
             self._count_hit(track)
-        track.computed += item.count
+        track.computed = computed
         self.cache.commit(track.holding, track.content, track.computed)
         while track.boundaries and track.boundaries[0] <= track.computed:
             if track.boundaries.pop(0) == track.computed:
@@ -273,24 +346,19 @@ class Engine:
 
     # Tokens -----------------------------------------------------------------------------------------------------------
 
-    def _take(self, track: Track, drawn: Drawn) -> StepOutput:
+    def _take(self, turn: Turn, drawn: Drawn) -> None:
         """Let a reply go on by what was drawn for it."""
-        before, logprobs = track.length, []
+        track = turn.track
         if drawn.error is not None:
             track.end("error", error=drawn.error)
-        else:
-            self._clock_token(track)
-            if drawn.logprob is not None:
-                logprobs.append(drawn.logprob)
-            extend(track, drawn.token)
-        tokens = tuple(track.ids[before:].tolist())
-        if track.request.params.logprobs is not None:
+            return
+        self._clock_token(track)
+        extend(track, drawn.token)
+        if drawn.logprob is not None:
+            turn.logprobs.append(drawn.logprob)
             # Forced tokens were not drawn: they are certain.
-            logprobs += [TokenLogprob(token, 0.0) for token in tokens[len(logprobs) :]]
-        self.stats.tokens_out += len(tokens)
-        first = track.generated == len(tokens)
-        scores = tuple(track.prompt_scores) if first and track.index == 0 and track.prompt_scores else None
-        return self._output(track, tokens, tuple(logprobs), scores)
+            certain = track.ids[turn.before + len(turn.logprobs) :].tolist()
+            turn.logprobs += [TokenLogprob(token, 0.0) for token in certain]
 
     def _clock_token(self, track: Track) -> None:
         now = self.clock()

@@ -17,7 +17,8 @@ from ..config import Kind
 from ..model.batch import Batch
 from ..ops.views import Past, Rows
 
-Forward = Callable[[Batch], Tensor]
+Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+"""From a batch to its rows' logits and hidden states."""
 WIDEST = 256
 """Most requests of a recorded step."""
 
@@ -85,24 +86,24 @@ def _copy(target: Tensor, source: Tensor, padding: int) -> None:
 
 
 class Recorder:
-    """Replays the step of a batch, recording it on first sight. `forward` maps a batch to the logits of its rows."""
+    """Replays the step of a batch, recording it on first sight."""
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
-        self.recorded: dict[Shape, tuple[Frame, torch.cuda.CUDAGraph, Tensor]] = {}
+        self.recorded: dict[Shape, tuple[Frame, torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch) -> Tensor:
-        """The logits [R, V] of a batch that `takes` accepts; they are overwritten by the next call."""
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits [R, V] and hidden states [R, D] of a batch that `takes` accepts; the next call overwrites them."""
         shape = Shape.of(batch)
         if shape not in self.recorded:
             self.recorded[shape] = self._record(shape, batch)
-        frame, graph, logits = self.recorded[shape]
+        frame, graph, (logits, hidden) = self.recorded[shape]
         frame.fill(batch)
         graph.replay()
-        return logits[: batch.tokens]
+        return logits[: batch.tokens], hidden[: batch.tokens]
 
-    def _record(self, shape: Shape, like: Batch) -> tuple[Frame, torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, shape: Shape, like: Batch) -> tuple[Frame, torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         frame = Frame(shape, like)
         side = torch.cuda.Stream(like.context.device)
         side.wait_stream(torch.cuda.current_stream(like.context.device))
@@ -111,5 +112,5 @@ class Recorder:
         torch.cuda.current_stream(like.context.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self.forward(frame.batch)
-        return frame, graph, logits
+            out = self.forward(frame.batch)
+        return frame, graph, out

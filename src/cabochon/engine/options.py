@@ -38,13 +38,15 @@ class EngineOptions:
     """Windows kept for later requests; None: one per seat."""
     encoder_cache_tokens: int = ENCODER_CACHE_TOKENS
     """Soft tokens of images, frames and sounds whose features are kept for later steps and requests."""
+    num_speculative_tokens: int = 4
+    """Most guesses per reply and step, if the engine has a drafter."""
     skip_unwanted: bool = True
     """Tokens whose logits nobody wants skip the KV-shared layers."""
     cuda_graphs: bool = False
     """Replay decode steps from CUDA graphs; off until it has been timed on a GPU (docs/gpu.md)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_speculative_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be 1 or more.")
         if self.max_snapshots is not None and self.max_snapshots < 0:

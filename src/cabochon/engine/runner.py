@@ -16,12 +16,11 @@ class Runner:
     def __init__(self, model: Gemma4, device: torch.device, *, record: bool = False) -> None:
         self.model = model
         self.device = device
-        self.recorder = Recorder(model) if record and device.type == "cuda" else None
+        self.recorder = Recorder(model.step) if record and device.type == "cuda" else None
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """The wanted rows' logits [L, V] float32 (float64 for a float64 model)."""
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The wanted rows' logits [L, V] float32 (float64 for a float64 model) and hidden states [L, D]."""
         if self.recorder is not None and takes(batch):
             return self.recorder.run(batch)
-        logits: Tensor = self.model(batch)
-        return logits
+        return self.model.step(batch)

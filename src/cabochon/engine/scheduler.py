@@ -1,8 +1,8 @@
 """What each step does: which tracks, how many tokens each.
 
-Tracks that reply go first, one token each; what is left of the step's budget goes to prompts in order of rank, in
-chunks. When pages run out, the last in rank gives up its pages and begins again later (its tokens are kept, so the
-client sees a pause and nothing else).
+Tracks that reply go first, one token each and the guesses after it; what is left of the step's budget goes to prompts
+in order of rank, in chunks. When pages run out, the last in rank gives up its pages and begins again later (its tokens
+are kept, so the client sees a pause and nothing else).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class Item:
     count: int
     wanted: int
     """Logits are wanted for the last `wanted` of them."""
+    guesses: int
+    """The last so many are guesses."""
 
 
 @dataclass(slots=True)
@@ -82,13 +84,17 @@ class Scheduler:
         """Give a running track its part, at the cost of the last in rank if need be; how many tokens it got."""
         assert track.holding is not None
         count = self._count(track, budget)
-        while not self.cache.grow(track.holding, track.computed, track.computed + count):
+        guesses = max(0, min(track.guesses, budget - count))
+        while not self.cache.grow(track.holding, track.computed, track.computed + count + guesses, guesses):
+            if guesses:  # they are not worth anybody's pages
+                guesses = 0
+                continue
             victim = max(self.running, key=_rank)
             self._preempt(victim, plan)
             if victim is track:
                 return 0
-        plan.items.append(self._item(track, count))
-        return count
+        plan.items.append(self._item(track, count, guesses))
+        return count + guesses
 
     def _admit(self, track: Track, budget: int, plan: Plan) -> int:
         """Let the first waiting track in if there is a seat and room for all it has; how many tokens it got."""
@@ -146,7 +152,7 @@ class Scheduler:
         plan.items = [item for item in plan.items if item.track is not victim]
         plan.preempted.append(victim)
         self.remove(victim)
-        victim.computed = 0
+        victim.computed = victim.guesses = 0
         self.add(victim)
 
     def _count(self, track: Track, budget: int) -> int:
@@ -163,10 +169,10 @@ class Scheduler:
                 end = span.start if span.start > track.computed else span.start + span.length
         return end - track.computed
 
-    def _item(self, track: Track, count: int) -> Item:
+    def _item(self, track: Track, count: int, guesses: int = 0) -> Item:
         end = track.computed + count
         wanted = min(count, max(0, end - track.scored)) if track.wants_prompt else int(end == track.length)
-        return Item(track, track.computed, count, wanted)
+        return Item(track, track.computed, count + guesses, wanted + guesses, guesses)
 
 
 def _rank(track: Track) -> tuple[int, int, int]:

@@ -27,10 +27,13 @@ class Track:
         "constraint",
         "error",
         "finish",
+        "guesses",
+        "hits",
         "holding",
         "index",
         "last_token_at",
         "length",
+        "matched",
         "prompt_length",
         "prompt_scores",
         "request",
@@ -39,6 +42,7 @@ class Track:
         "seed",
         "started_at",
         "stop_reason",
+        "tries",
     )
 
     def __init__(self, request: Request, arrival: int, now: float) -> None:
@@ -57,6 +61,12 @@ class Track:
         self.boundaries: list[int] = []
         """Positions still ahead at which the window is to be kept."""
         self.cached = 0
+        self.guesses = 0
+        """Tokens after the last one that a drafter expects; the next step computes them along with it."""
+        self.matched = 0
+        """How many guesses have come true since they were made."""
+        self.hits, self.tries = 1.4, 2.0
+        """Guesses that came true, of those that were put to the test; the older, the less they count."""
         self.scored = 0
         """Prompt tokens whose logits somebody wanted and got."""
         self.prompt_scores: list[TokenLogprob | None] = []
@@ -106,14 +116,30 @@ class Track:
         asked = request.sink is not None or request.params.prompt_logprobs is not None
         return asked and self.scored < self.prompt_length
 
+    def span(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Tokens `begin` .. `end`, of which the last may be guesses."""
+        return self._ids[begin:end]
+
     def append(self, token: int) -> None:
-        """One more token of the reply."""
-        if self.length == len(self._ids):
+        """One more token of the reply. Guesses stay as long as what comes is what they said."""
+        self._reserve(1)
+        came_true = self.guesses > 0 and int(self._ids[self.length]) == token
+        self.guesses = self.guesses - 1 if came_true else 0
+        self.matched += came_true
+        self._ids[self.length] = self._content[self.length] = token
+        self.length += 1
+
+    def guess(self, tokens: list[int]) -> None:
+        """Expect `tokens` after the last one."""
+        self._reserve(len(tokens))
+        self._ids[self.length : self.length + len(tokens)] = tokens
+        self.guesses, self.matched = len(tokens), 0
+
+    def _reserve(self, more: int) -> None:
+        if self.length + more > len(self._ids):
             shared = self._content is self._ids
             self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
             self._content = self._ids if shared else np.concatenate([self._content, np.zeros_like(self._content)])
-        self._ids[self.length] = self._content[self.length] = token
-        self.length += 1
 
     def end(self, reason: EngineFinish, *, stop: int | None = None, error: str | RequestError | None = None) -> None:
         """The reply is over, and why."""

@@ -83,11 +83,9 @@ class KVCache:
         self.tables = Tables(rows, {"sliding": near, "global": whole})
         self._rows = list(range(rows - 1, -1, -1))
 
-    def needs(self, tokens: int, unverified: int = 0) -> dict[Kind, int]:
+    def needs(self, tokens: int) -> dict[Kind, int]:
         """Pages per group that a request of `tokens` tokens holds at most."""
-        return {
-            kind: request_pages(group, tokens, self.page_size, unverified) for kind, group in self.plan.groups.items()
-        }
+        return {kind: request_pages(group, tokens, self.page_size) for kind, group in self.plan.groups.items()}
 
     # A request's life -------------------------------------------------------------------------------------------------
 

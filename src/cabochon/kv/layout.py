@@ -95,16 +95,16 @@ def token_bytes(group: KVGroup, value_bytes: int) -> int:
     return group.values_per_token() * value_bytes + scales
 
 
-def request_pages(group: KVGroup, tokens: int, page_size: int, unverified: int = 0) -> int:
+def request_pages(group: KVGroup, tokens: int, page_size: int) -> int:
     """Most pages that one request of up to `tokens` tokens holds at a time.
 
-    The last w tokens of a window of w (one more than the next token sees, plus drafts that may be taken back) can begin
-    anywhere in a page.
+    The last w tokens of a window of w (one more than the next token sees) can begin anywhere in a page. Guesses are
+    not counted: they are made where there is a page to spare.
     """
     whole = -(-tokens // page_size)
     if group.window is None:
         return whole
-    return min(whole, (group.window + unverified + page_size - 1) // page_size + 1)
+    return min(whole, (group.window + page_size - 1) // page_size + 1)
 
 
 def bytes_read(layers: Sequence[LayerSpec], context: int, value_bytes: Mapping[Kind, int]) -> int:
@@ -127,14 +127,13 @@ def plan_pages(
     requests: int,
     snapshots: int = 0,
     budget: int | None = None,
-    unverified: int = 0,
 ) -> KVPlan:
     """Pages for `requests` requests of `max_tokens` tokens each and `snapshots` kept windows, within `budget` bytes.
 
     Where the budget is short, the number of whole requests that fit decides: each gets its window and an equal share of
     global pages. One request of `max_tokens` must fit, else `InputError` says how much is missing.
     """
-    one = {kind: request_pages(group, max_tokens, page_size, unverified) for kind, group in groups.items()}
+    one = {kind: request_pages(group, max_tokens, page_size) for kind, group in groups.items()}
     full = {kind: count * requests for kind, count in one.items()}
     full["sliding"] += one["sliding"] * snapshots
     plan = KVPlan(groups, page_size, full, value_bytes)

@@ -27,6 +27,8 @@ class Face(ABC):
         max_model_len: context in tokens, prompt and reply together; None: as much as the model has and fits.
         quantization: int8 or int4 rounds the matrices while they are loaded, None leaves them as they are stored;
             `auto` takes the finest that fits into the memory which is free, with the context and seats that then fit.
+        drafter: a checkpoint that guesses next tokens, which the model then need not find one by one: the assistant
+            that was published with the model, or `auto` for the one in its folder. Replies stay the same.
         engine_options: see `Front` and `engine.options.EngineOptions`.
     """
 
@@ -40,15 +42,18 @@ class Face(ABC):
         dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
         quantization: str | None = None,
+        drafter: str | Path | None = None,
         **engine_options: Any,
     ) -> None:
         if quantization == "auto":
             name = str(dtype).removeprefix("torch.")
-            begin = prepare(model, device, dtype=name, max_model_len=max_model_len, engine=engine_options)
+            begin = prepare(
+                model, device, dtype=name, max_model_len=max_model_len, engine=engine_options, drafter=drafter
+            )
             quantization, max_model_len = begin.quantization, begin.context
             room = {"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes}
             engine_options = room | engine_options
-        loaded = load(model, device, dtype, quantization=quantization)
+        loaded = load(model, device, dtype, quantization=quantization, drafter=drafter)
         self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
 
     @classmethod

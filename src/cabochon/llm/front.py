@@ -74,6 +74,7 @@ class Front:
             EngineOptions(**engine_options),
             max_model_len=max_model_len,
             suppress=loaded.generation.suppress,
+            drafter=loaded.drafter,
         )
         self.max_model_len = self.engine.max_model_len
         if loop_guard < 0:

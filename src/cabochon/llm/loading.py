@@ -14,6 +14,7 @@ from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError, InputError
 from ..formats import QUANTIZED
 from ..hub import BUNDLED, locate
+from ..model.drafter import Drafter
 from ..model.gemma4 import Gemma4
 from ..modelfile import Recipe, made
 from ..weights.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +35,8 @@ class Loaded:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     recipe: Recipe | None = None
     """What `cabochon create` put on top of the checkpoint."""
+    drafter: Drafter | None = None
+    """Guesses the model's next tokens."""
 
     @property
     def config(self) -> ModelConfig:
@@ -46,10 +49,12 @@ def load(
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
     quantization: str | None = None,
+    drafter: str | Path | None = None,
 ) -> Loaded:
     """The checkpoint `model`: a folder, a .gguf file, a cached repository or name, `random:...`; None: bundled.
 
     `quantization` (int8 or int4) rounds matrices while they stream in; what is stored in such a format stays in it.
+    `drafter` is a checkpoint too: the model's assistant, or `auto` for the one that lies in its folder `drafter`.
     """
     if quantization is not None and quantization not in QUANTIZED:
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZED)}.")
@@ -61,10 +66,42 @@ def load(
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
+    guesser = _drafter(*open_drafter(drafter, found.folder), network, there) if drafter is not None else None
     recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
     if recipe is None:
-        return Loaded(name, network, tokenizer, template, found.generation)
-    return Loaded(str(model), network, tokenizer, template, _settled(found.generation, recipe), recipe)
+        return Loaded(name, network, tokenizer, template, found.generation, drafter=guesser)
+    return Loaded(str(model), network, tokenizer, template, _settled(found.generation, recipe), recipe, guesser)
+
+
+def open_drafter(drafter: str | Path, folder: Path | None) -> tuple[Checkpoint, str]:
+    """The drafter of that name, or for `auto` the one beside the model in `folder`, and the name to show for it."""
+    if drafter == "auto":
+        if folder is None or not (folder / "drafter").is_dir():
+            raise InputError(
+                "No folder `drafter` lies beside the model; name its drafter instead, for example gemma4:e2b-assistant."
+            )
+        drafter = folder / "drafter"
+    found, name = _open(drafter)
+    if found.config.drafter is None:
+        raise InputError(f"{name} is no drafter; the published ones end in -assistant.")
+    return found, name
+
+
+def _drafter(found: Checkpoint, name: str, network: Gemma4, device: torch.device) -> Drafter:
+    """An opened drafter in the type of its model, for which it must have been made."""
+    assert found.config.drafter is not None
+    mine, its, text = found.config.text, found.config.drafter, network.config.text
+    shapes = {(spec.kind, spec.kv_heads, spec.head_dim, spec.k_eq_v) for spec in text.layers if spec.owns_kv}
+    fits = {(spec.kind, spec.kv_heads, spec.head_dim, spec.k_eq_v) for spec in mine.layers} <= shapes
+    if not fits or its.backbone_hidden_size != text.hidden_size or mine.vocab_size != text.vocab_size:
+        raise InputError(
+            f"{name} was made for another model: it expects a width of {its.backbone_hidden_size} and "
+            f"{mine.vocab_size} tokens, this model has {text.hidden_size} and {text.vocab_size}; take its own drafter."
+        )
+    with torch.device("meta"):
+        made = Drafter(found.config)
+    fill(made, found.source, found.config, dtype=network.language_model.norm.weight.dtype, device=device)
+    return made.eval()
 
 
 def _settled(said: GenerationConfig, recipe: Recipe) -> GenerationConfig:

@@ -17,7 +17,7 @@ from ..sizing import Hardware, Start, hardware, start
 from ..weights.checkpoint import open_checkpoint
 from ..weights.params import own_format
 from ..weights.random import is_random, open_random
-from .loading import pick_device, pick_dtype
+from .loading import open_drafter, pick_device, pick_dtype
 
 
 def prepare(
@@ -28,8 +28,11 @@ def prepare(
     quantization: str = "auto",
     max_model_len: int | None = None,
     engine: dict[str, Any] | None = None,
+    drafter: str | Path | None = None,
 ) -> Start:
     """What to load and how, from what was asked for and what is free. `engine` holds options that the user set.
+
+    `drafter` is a name as `load` takes it.
 
     Raises:
         InputError: it can't fit; the message has the numbers and what would help.
@@ -38,7 +41,7 @@ def prepare(
     if quantization not in formats:
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(formats)}.")
     pick_dtype(dtype)
-    config, name, kept = _config(model)
+    config, name, kept, folder = _config(model)
     recipe = modelfile.made(model) if isinstance(model, str) else None
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
@@ -47,6 +50,7 @@ def prepare(
         config,
         _device(device, wishes.get("gpu_memory_utilization")),
         name=name,
+        drafter=open_drafter(drafter, folder)[0].config if drafter is not None else None,
         dtype=None if dtype == "auto" else dtype,
         formats=(stored,) if (stored := own_format(config)) else formats[quantization],
         kept=kept,
@@ -56,12 +60,12 @@ def prepare(
     )
 
 
-def _config(model: str | Path | None) -> tuple[ModelConfig, str, frozenset[str]]:
+def _config(model: str | Path | None) -> tuple[ModelConfig, str, frozenset[str], Path | None]:
     if isinstance(model, str) and is_random(model):
-        return open_random(model)[0], model, frozenset()
+        return open_random(model)[0], model, frozenset(), None
     path = hub.locate(model)
     opened = open_checkpoint(path)
-    return opened.config, path.name, opened.kept
+    return opened.config, path.name, opened.kept, opened.folder
 
 
 def _device(device: str, share: float | None) -> Hardware:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..chat.events import Event, Finish, FinishReason, TextDelta
@@ -47,6 +47,15 @@ class StopStrings:
         self._held = ""
         self.hit: str | None = None
 
+    def portions(self, ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """A step's tokens as they are to be read: one by one where a stop string may end the reply between them."""
+        if not self._stops:
+            yield ids
+            return
+        for token in ids:
+            if self.hit is None:
+                yield (token,)
+
     def push(self, text: str) -> str:
         """The text that is certain not to belong to a stop string; nothing comes after a hit."""
         if self.hit is not None or not self._stops:
@@ -84,7 +93,10 @@ class RawReply:
 
     def push(self, output: StepOutput) -> Chunk:
         """One step's tokens; a chunk with a `finish_reason` is the last."""
-        text = self._stops.push(self._stream.push(output.token_ids)) if self._stream else ""
+        text, taken = "", 0
+        for ids in self._stops.portions(output.token_ids):
+            text += self._stops.push(self._stream.push(ids)) if self._stream else ""
+            taken += len(ids)
         reason, stop = output.finish_reason, output.stop_reason
         if reason is not None and self._stream:
             text += self._stops.push(self._stream.flush()) + self._stops.flush()
@@ -95,8 +107,8 @@ class RawReply:
             output.index,
             text,
             (),
-            output.token_ids,
-            output.logprobs,
+            output.token_ids[:taken],
+            output.logprobs[:taken],
             (),
             output.prompt_logprobs,
             reason,
@@ -133,7 +145,13 @@ class ChatReply:
 
     def push(self, output: StepOutput) -> Chunk:
         """One step's tokens; a chunk with a `finish_reason` is the last and holds the `Finish` event."""
-        events = self._cut(self._parser.push(output.token_ids))
+        events: list[Event] = []
+        spoken: list[TokenLogprob] = []
+        taken = 0
+        for ids in self._stops.portions(output.token_ids):
+            events += self._cut(self._parser.push(ids))
+            spoken += [output.logprobs[taken + place] for place in self._parser.spoken] if output.logprobs else []
+            taken += len(ids)
         reason, stop = output.finish_reason, output.stop_reason
         if self._stops.hit is not None:
             reason, stop = "stop", self._stops.hit
@@ -144,9 +162,9 @@ class ChatReply:
             output.index,
             "",
             tuple(events),
-            output.token_ids,
-            output.logprobs,
-            tuple(output.logprobs[place] for place in self._parser.spoken) if output.logprobs else (),
+            output.token_ids[:taken],
+            output.logprobs[:taken],
+            tuple(spoken),
             output.prompt_logprobs,
             reason,
             stop,

@@ -48,7 +48,12 @@ class Gemma4(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The logits [L, V] float32 of the rows that `batch` wants."""
-        return self.language_model.logits(self.language_model.hidden(batch))
+        return self.step(batch)[0]
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits of the rows that `batch` wants, and their normed hidden states [L, D], which a drafter reads."""
+        hidden = self.language_model.hidden(batch)
+        return self.language_model.logits(hidden), hidden
 
     def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
         """The soft tokens [n, D] of every item, in order. On a GPU, pictures of one size go through together."""

@@ -41,6 +41,8 @@ class _Snapshot:
         yield _counter("prefix_hits", "Requests that began with cached tokens.", stats.prefix_hits)
         yield _counter("prefix_misses", "Requests that did not.", stats.prefix_misses)
         yield _counter("preemptions", "Replies that gave up their pages for a while.", stats.preemptions)
+        yield _counter("spec_decode_num_draft_tokens", "Guesses of the drafter that were computed.", stats.drafted)
+        yield _counter("spec_decode_num_accepted_tokens", "Guesses that came true.", stats.accepted)
         yield _counter("steps", "Steps of the engine.", stats.steps)
         finished = CounterMetricFamily("cabochon_finished", "Replies ended, by reason.", labels=["reason"])
         for reason, count in stats.finished.items():

@@ -92,15 +92,17 @@ def plan(
     *,
     available: int | None = None,
     name: str | None = None,
+    drafter: ModelConfig | None = None,
 ) -> MemoryPlan:
     """Size `model` (a name of the family or a config) for `work` on `hardware`.
 
-    `available` are the bytes that may be used, without it all of the device's. Raises `UnknownModelError` for a strange
-    name and `InputError` for a workload that the model can't have on any device.
+    `drafter` is the one of a config; names have their own. `available` are the bytes that may be used, without it all
+    of the device's. Raises `UnknownModelError` for a strange name and `InputError` for a workload that the model can't
+    have on any device.
     """
     work = work or Workload()
-    config, drafter, draft_tokens = resolve(model)
-    sized = Sizer(config, drafter, draft_tokens, hardware, int((available or hardware.memory) * (1 - MARGIN)))
+    config, own, draft_tokens = resolve(model)
+    sized = Sizer(config, drafter or own, draft_tokens, hardware, int((available or hardware.memory) * (1 - MARGIN)))
     took = sized.memory(work)
     return MemoryPlan(
         model=name or (model if isinstance(model, str) else "model"),

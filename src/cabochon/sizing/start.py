@@ -46,6 +46,7 @@ def start(
     hardware: Hardware,
     *,
     name: str,
+    drafter: ModelConfig | None = None,
     dtype: str | None = None,
     formats: tuple[str | None, ...] = (None, *QUANTIZED),
     kept: frozenset[str] = frozenset(),
@@ -66,7 +67,7 @@ def start(
     """
     set_aside = encoder(config, dtype or config.dtype)  # pictures come without having been planned for
     usable = int((available or hardware.memory) * (1 - MARGIN)) - set_aside
-    sizer = Sizer(config, None, 0, hardware, usable)
+    sizer = Sizer(config, drafter, 0, hardware, usable)
     longest = config.text.max_position_embeddings
     asked = Workload(
         context=min(longest, context or COMFORT),
@@ -74,18 +75,18 @@ def start(
         kept=kept,
         dtype=dtype or config.dtype,
         kv_cache_dtype=kv_cache_dtype,
+        drafter=drafter is not None,
     )
     works = [replace(asked, quantization=format) for format in formats]
     work = next((each for each in works if sizer.fits(replace(each, users=1))), works[-1])
     reach = sizer.longest_context(work)
     if reach < min(context or LEAST, longest):
-        made = plan(config, hardware, replace(work, users=1), available=available, name=name)
+        made = plan(config, hardware, replace(work, users=1), available=available, name=name, drafter=drafter)
         raise InputError(f"{name} can't be loaded here: {made.verdict}; what would help: {made.advice}")
     work = replace(work, context=min(reach, COMFORT, context or reach))
     seats = users or max(1, min(MOST_USERS, sizer.most_users(work)))
-    made = plan(
-        config, hardware, replace(work, users=min(seats, sizer.most_users(work))), available=available, name=name
-    )
+    most = replace(work, users=min(seats, sizer.most_users(work)))
+    made = plan(config, hardware, most, available=available, name=name, drafter=drafter)
     alone = sizer.memory(replace(work, users=1, context=context or reach))
     left = usable - (alone.total - alone.pool - alone.snapshots)
     needed = max(made.memory.pool + made.memory.snapshots, alone.pool + alone.snapshots)
