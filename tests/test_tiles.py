@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cabochon import ops
+from cabochon.cli import checks
 from cabochon.ops import cpu
 from cabochon.quant import pack, quantize
 
@@ -98,11 +99,14 @@ def test_extreme_codes_and_what_is_not_a_number(format):
     assert got[20:22].isnan().all() and not got[[*range(20), *range(22, 25)]].isnan().any()
 
 
-def test_tiles_are_taken_only_if_their_bits_are_right():
+def test_tiles_are_taken_only_if_their_bits_are_right(monkeypatch):
     assert cpu._cpu.same_products(TILES, TWIN)
     assert not cpu._cpu.same_products("plain", TWIN)  # which rounds once more
     assert cpu._cpu.admit_tiles() == cpu.tiles_refused
     assert ("amx" in cpu.supported()) == (cpu._cpu.matrix_tiles() and not cpu.tiles_refused)
+    monkeypatch.setattr(cpu, "tiles_refused", "their products differ from AVX-512's")
+    (finding,) = checks.kernels()
+    assert finding.text.endswith("AMX tiles are left alone: their products differ from AVX-512's")
 
 
 @pytest.mark.parametrize("isa", [TILES, TWIN])

@@ -87,7 +87,8 @@ def kernels() -> Iterator[Finding]:
     if cpu.active() != "reference":
         others = [name for name in cpu.supported() if name != cpu.active()]
         extra = f"; also usable: {', '.join(others)}" if others else ""
-        yield Finding("ok", "kernels", f"compiled, {cpu.active()} in use{extra}")
+        tiles = f"; AMX tiles are left alone: {cpu.tiles_refused}" if cpu.tiles_refused else ""
+        yield Finding("warning" if tiles else "ok", "kernels", f"compiled, {cpu.active()} in use{extra}{tiles}")
     elif cpu.supported():
         yield Finding("warning", "kernels", "compiled, but CABOCHON_ISA=reference switches them off")
     else:
