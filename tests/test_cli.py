@@ -369,6 +369,12 @@ def shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": at}))
 
 
+@pytest.mark.parametrize("flag", ["--input-len", "--output-len", "--batch", "--repeats", "--max-num-batched-tokens"])
+def test_a_benchmark_of_nothing_is_refused(cabochon, flag):
+    told = cabochon("bench", "latency", flag, "0")
+    assert told.code == 2 and f"Invalid value for '{flag}'" in told.err
+
+
 def test_unknown_commands_and_options(cabochon):
     assert cabochon("fly").code == 2
     assert cabochon("run", "--fly").code == 2

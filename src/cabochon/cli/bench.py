@@ -32,8 +32,8 @@ app.command("gpu")(gpu)
 Model = Annotated[str | None, typer.Argument(help="As for chat; also random:E2B?layers=10. None: the bundled model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
-Batched = Annotated[int, typer.Option("--max-num-batched-tokens", help="Tokens per step.")]
-Seqs = Annotated[int, typer.Option("--max-num-seqs", help="Replies at once.")]
+Batched = Annotated[int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens per step.")]
+Seqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Replies at once.")]
 Drafter = Annotated[str | None, typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp8 or int8.")]
 
@@ -50,10 +50,10 @@ Baseline = Annotated[str | None, typer.Option(help="transformers: time it as wel
 @app.command()
 def latency(
     model: Model = None,
-    input_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
-    output_len: Annotated[int, typer.Option(help="Tokens of the reply.")] = 64,
-    batch: Annotated[int, typer.Option(help="Requests at once.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Runs; the median counts.")] = 3,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of the reply.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the median counts.")] = 3,
     baseline: Baseline = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -95,9 +95,9 @@ def latency(
 @app.command()
 def throughput(
     model: Model = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests, all there from the beginning.")] = 32,
-    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(help="Tokens of each reply.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests, all there from the beginning.")] = 32,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 64,
     baseline: Baseline = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -136,10 +136,12 @@ def throughput(
 @app.command("serve-sim")
 def serve_sim(
     model: Model = None,
-    rate: Annotated[float, typer.Option(help="Requests per second, arriving at random (Poisson).")] = 4.0,
-    num_prompts: Annotated[int, typer.Option(help="Requests in all.")] = 32,
-    input_len: Annotated[int, typer.Option(help="Mean tokens of a prompt (half to one and a half of it).")] = 128,
-    output_len: Annotated[int, typer.Option(help="Mean tokens of a reply.")] = 64,
+    rate: Annotated[float, typer.Option(min=1e-3, help="Requests per second, arriving at random (Poisson).")] = 4.0,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 32,
+    input_len: Annotated[
+        int, typer.Option(min=1, help="Mean tokens of a prompt (half to one and a half of it).")
+    ] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Mean tokens of a reply.")] = 64,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
     baseline: Baseline = None,
     device: Device = "auto",

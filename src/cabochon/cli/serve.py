@@ -26,7 +26,7 @@ PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 def serve(context: typer.Context) -> None:
     """Serve a model over HTTP; `serve --help` lists the flags."""
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise InputError(f"serve needs {' and '.join(missing)}, not installed here: pip install 'cabochon[server]'")
+        raise InputError(f"serve needs {', '.join(missing)}, not installed here: pip install 'cabochon[server]'")
     settings = read_settings(context.args)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     log = logging.getLogger("cabochon.server")

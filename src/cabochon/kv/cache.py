@@ -187,11 +187,9 @@ class KVCache:
         have = old_first + len(old)
         fresh = last - max(have, first)
         if fresh > 0:
-            gain = sum(1 for page in dropped if self.sliding.refs[page] == 1)
-            while self.sliding.available + gain < fresh:
+            while self.sliding.available + sum(self.sliding.refs[page] == 1 for page in dropped) < fresh:
                 if not self.snapshots.drop_oldest():
                     return False
-                gain = sum(1 for page in dropped if self.sliding.refs[page] == 1)
         if need > 0:
             at = len(holding.pages)
             holding.pages += self.full.take(need)
