@@ -5,6 +5,10 @@
 Random weights; both sides get the same ones. A picture is square, as large as its budget allows; a sound is noise. Each
 measurement is a process of its own that loads and runs once; ours and theirs take turns. Seconds
 are of wall clock and, less sensitive to who else uses the machine, of CPU. `--layers` cuts the towers for a quick look.
+
+Beside each case stand the operations of its matrix products (ours pad nothing, and none is counted that isn't needed),
+the share of the CPU's peak that either side reaches with them, and the largest ratio that the peak would leave: theirs
+against a tower of nothing but products that never wait. The peak is measured in registers, before and after every run.
 """
 
 from __future__ import annotations
@@ -34,13 +38,42 @@ def measure(side: str, case: str, layers: int | None, threads: int) -> dict[str,
     build = vision if kind == "vision" else audio
     run = build(side, int(size), layers, draw)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = peak_kib()
+    before, can = peak_kib(), speed(threads)
     with torch.inference_mode():
         wall, cpu = time.perf_counter(), time.process_time()
         out = run()
         seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    above = peak_kib() - before
-    return {**seconds, "mib": above / 1024, "sum": float(out.float().abs().mean())}
+    above, can = peak_kib() - before, max(can, speed(threads))
+    return {**seconds, "mib": above / 1024, "sum": float(out.float().abs().mean()), "peak": can}
+
+
+def speed(threads: int) -> float:
+    """Operations a second that `threads` threads multiply bfloat16 with, in registers; 0 without our kernels."""
+    from cabochon.ops import cpu
+
+    if not cpu.supported():
+        return 0.0
+    cpu._cpu.set_threads(threads)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        best = max(best, cpu._cpu.spin(200_000) / (time.perf_counter() - start))
+    return best
+
+
+def operations(case: str, layers: int | None) -> float:
+    """Multiplications and additions of the matrix products, convolutions and attention of a case."""
+    kind, size = case.split(":")
+    if kind == "vision":
+        rows, width, inner = (3 * int(int(size) ** 0.5)) ** 2, VISION["hidden_size"], VISION["intermediate_size"]
+        each = 4 * width * width + 3 * width * inner + 2 * rows * width
+        return 2.0 * rows * (768 * width + (layers or 27) * each)
+    frames, width, reach = int(size) * 100, 1024, 12
+    tokens = frames // 4
+    each = (16 + 4 + 3) * width * width + 2 * reach * width  # two feed-forwards, attention, convolution
+    convolutions = frames // 2 * 64 * 128 * 9 + tokens * 32 * 32 * 128 * 9
+    ends = tokens * width * (width + 1536)
+    return 2.0 * ((layers or 12) * (tokens * each + reach * width * width) + convolutions + ends)
 
 
 def peak_kib() -> int:
@@ -154,18 +187,24 @@ def main() -> None:
         print(json.dumps(measure(options.side, options.cases[0], options.layers, options.threads)))
         return
     result: dict[str, Any] = {}
-    print(f"{'case':12} {'ours s':>8} {'theirs s':>9} {'faster':>7} {'by CPU':>7} {'ours MiB':>9} {'theirs MiB':>10}")
+    print(f"{'case':12} {'ours s':>8} {'theirs s':>9} {'faster':>7} {'by CPU':>7} {'ours MiB':>9} {'theirs MiB':>10} "
+          f"{'Gop':>7} {'Gop/s':>6} {'ours %':>7} {'theirs %':>8} {'at most':>8}")  # fmt: skip
     for case in options.cases:
         runs = [(apart("ours", case, options), apart("theirs", case, options)) for _ in range(options.repeat)]
         ours, theirs = ({key: statistics.median(run[i][key] for run in runs) for key in runs[0][i]} for i in (0, 1))
         assert abs(ours["sum"] / theirs["sum"] - 1) < 0.02, "the two towers disagree"
         faster, by_cpu = (statistics.median(t[k] / o[k] for o, t in runs) for k in ("wall", "cpu"))
+        work, peak = operations(case, options.layers), max(side["peak"] for run in runs for side in run)
+        share, theirs_share = (work / side["wall"] / peak if peak else 0.0 for side in (ours, theirs))
+        bound = theirs["wall"] * peak / work
         print(
             f"{case:12} {ours['wall']:8.2f} {theirs['wall']:9.2f} {faster:7.2f} {by_cpu:7.2f} "
-            f"{ours['mib']:9.0f} {theirs['mib']:10.0f}",
+            f"{ours['mib']:9.0f} {theirs['mib']:10.0f} {work / 1e9:7.0f} {peak / 1e9:6.0f} {share:7.1%} "
+            f"{theirs_share:8.1%} {bound:8.2f}",
             flush=True,
         )
         result[case] = {"ours": ours, "theirs": theirs, "faster": faster, "faster_by_cpu": by_cpu}
+        result[case] |= {"operations": work, "peak": peak, "bound": bound}
     print(json.dumps(result))
 
 

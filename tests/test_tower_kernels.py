@@ -97,6 +97,14 @@ def test_what_is_not_a_number_passes_the_ranges():
     assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
 
 
+def test_spin_tells_what_it_multiplied():
+    cpu._cpu.set_threads(1)
+    once = cpu._cpu.spin(10)
+    assert once > 0 and cpu._cpu.spin(30) == 3 * once
+    cpu._cpu.set_threads(2)
+    assert cpu._cpu.spin(10) == 2 * once
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [1, 72, 1152])
 @pytest.mark.parametrize("onto", [False, True])

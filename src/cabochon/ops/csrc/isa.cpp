@@ -9,5 +9,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend, halve};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend, halve, spin};
 }  // namespace cabochon

@@ -238,6 +238,11 @@ uint64_t read_memory(Address data, long bytes) {
     return read_through(reinterpret_cast<const void*>(data), bytes);
 }
 
+double spin(long rounds) {
+    nb::gil_scoped_release release;
+    return active->spin(rounds);
+}
+
 void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
 const void* at(Address a) { return reinterpret_cast<const void*>(a); }
@@ -316,6 +321,7 @@ NB_MODULE(_cpu, m) {
     m.def("largest", largest);
     m.def("quantize", quantize);
     m.def("pack", pack);
+    m.def("spin", spin, "Multiplies in registers only, on all threads; how many operations those were.");
     m.def("huge_pages", huge_pages);
     m.def("read", read_memory);
 }

@@ -208,6 +208,7 @@ struct Ops {
     void (*recent)(const Recent&);
     void (*blend)(const Blend&);
     void (*halve)(const Halve&);
+    double (*spin)(long rounds);  // multiplies bfloat16 pairs (or floats) that stay in registers; returns the operations
 };
 
 // One table per instruction set; `supported` is asked before a table is used.

@@ -186,4 +186,27 @@ struct Tower {
 
 void product(const Product& op) { Tower{op}.run(); }
 
+// A tile's steps on all threads without its loads: what no product can be faster than.
+double spin(long rounds) {
+    constexpr bool pairs = PAIRS<Bf16>;
+    constexpr int SUMS = 8 / PARTS;
+    float start[2 * LANES];
+    for (int i = 0; i < 2 * LANES; ++i) start[i] = i;  // were they the same, one sum would be computed for all
+    parallel(threads(), [&](long) {
+        F16 acc[SUMS];
+#pragma GCC unroll 8
+        for (int i = 0; i < SUMS; ++i) acc[i] = get(start + i);
+        for (long k = 0; k < rounds; ++k) {
+            const F16 right = splat(float(k));
+#pragma GCC unroll 8
+            for (int i = 0; i < SUMS; ++i) acc[i] = step<pairs>(acc[i], ONES, right);
+        }
+        F16 all = zero();
+#pragma GCC unroll 8
+        for (int i = 0; i < SUMS; ++i) all = all + acc[i];
+        *static_cast<volatile float*>(scratch(RESULT, sizeof(float))) = sum(all);
+    });
+    return double(threads()) * rounds * SUMS * LANES * (pairs ? 4 : 2);
+}
+
 }  // namespace
