@@ -100,6 +100,15 @@ def test_short_video_gives_fewer_frames():
     assert len(video.read_video(movie(frames=5), video.Sampling(), max_pixels=10_000, max_seconds=10)) == 5
 
 
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
+def test_frames_that_outgrow_their_header_are_not_decoded(codec):
+    data = b"".join(movie(6, 25, *size, codec=codec, container="mpegts") for size in ((48, 64), (600, 800)))
+    within, above = (
+        video.read_video(data, video.Sampling(frames=12), max_pixels=n, max_seconds=9) for n in (1_000_000, 10_000)
+    )
+    assert 0 < len(above) <= 6 < len(within)
+
+
 def test_stamps_round_down_and_go_past_an_hour():
     assert video.Frame(np.zeros((48, 48, 3), np.uint8), 3725.9).stamp == "62:05"
 

@@ -76,7 +76,8 @@ def read_video(data: bytes, sampling: Sampling, *, max_pixels: int, max_seconds:
                 f"The video is {total / rate:.0f} seconds long, but at most {max_seconds:g} are allowed; cut it."
             )
         wanted = sampling.pick(total, rate) if total else []
-        frames = [Frame(image.resize(shown, sampling.budget), index / rate) for index, shown in _decoded(data, wanted)]
+        shown = _decoded(data, wanted, max_pixels)
+        frames = [Frame(image.resize(pixels, sampling.budget), index / rate) for index, pixels in shown]
     except MediaError:
         raise
     except Exception as error:  # foreign bytes: PyAV raises its own errors, OSError, ValueError and MemoryError
@@ -86,13 +87,17 @@ def read_video(data: bytes, sampling: Sampling, *, max_pixels: int, max_seconds:
     return frames
 
 
-def _decoded(data: bytes, wanted: list[int]) -> Iterator[tuple[int, Pixels]]:
-    """(index, RGB [H, W, 3]) of the wanted frames; a damaged end gives fewer."""
+def _decoded(data: bytes, wanted: list[int], max_pixels: int) -> Iterator[tuple[int, Pixels]]:
+    """(index, RGB [H, W, 3]) of the wanted frames; a damaged end gives fewer, and so do frames that grow too large."""
     missing = set(wanted)
     with open_container(data) as container:
-        container.streams.video[0].thread_type = "AUTO"
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        # Later frames may be larger than the header says. (Codecs add edges, and count them.)
+        whole = 2 * (stream.width + 128) * (stream.height + 128)
+        stream.codec_context.options = {"max_pixels": str(max(max_pixels, whole))}
         try:
-            for index, frame in enumerate(container.decode(video=0)):
+            for index, frame in enumerate(container.decode(stream)):
                 if index in missing:
                     missing.discard(index)
                     yield index, _upright(frame)
