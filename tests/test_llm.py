@@ -89,6 +89,25 @@ def test_turning_away_frees_the_reply(llm):
     assert not llm.front.engine.gauges().running
 
 
+def test_turning_away_within_a_step_waits_for_nobody(llm, monkeypatch):
+    """As when an iterator is thrown away and the garbage collector finds it while its own thread steps."""
+    engine, stream = llm.front.engine, llm.stream(ASK, params=greedy(200))
+    next(stream)
+    step = engine.step
+
+    def stepping():
+        stream.close()
+        return step()
+
+    monkeypatch.setattr(engine, "step", stepping)
+    other = threading.Thread(target=llm.generate, args=([random_ids(9)], greedy(5)), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive(), "it waits for the lock that its own step holds"
+    assert not engine.busy
+    engine.check()
+
+
 def test_threads_share_a_batch(llm):
     prompts = [random_ids(20 + i, seed=i) for i in range(4)]
     single = [llm.generate([p], greedy(12, ignore_eos=True))[0].token_ids for p in prompts]

@@ -28,6 +28,8 @@ class LLM(Face):
         self.front = front
         self._lock = threading.Lock()
         self._mail: dict[str, deque[StepOutput]] = {}
+        self._left: deque[str] = deque()
+        """Requests whose caller has turned away, over or not."""
 
     # Verbs ------------------------------------------------------------------------------------------------------------
 
@@ -133,10 +135,22 @@ class LLM(Face):
                 if not all(ask.over for ask in asks):
                     self._step([ask.request.id for ask in asks])
         finally:
-            with self._lock:
-                for ask in asks:
-                    engine.abort(ask.request.id)
-                    del self._mail[ask.request.id]
+            self._left.extend(ask.request.id for ask in asks)
+            self._clear()
+
+    def _clear(self) -> None:
+        """Free what nobody reads any more; if a step is running, it is done after that.
+
+        Waiting for it could be for ever: an iterator that is thrown away may end up here inside this thread's own step.
+        """
+        while self._left and self._lock.acquire(blocking=False):
+            try:
+                while self._left:
+                    name = self._left.popleft()
+                    self.front.engine.abort(name)
+                    del self._mail[name]
+            finally:
+                self._lock.release()
 
     def _read(self, ask: Ask[Any], output: StepOutput) -> Iterator[Chunk]:
         reply = ask.replies[output.index]
@@ -158,3 +172,4 @@ class LLM(Face):
             for output in self.front.engine.step():
                 if output.request_id in self._mail:
                     self._mail[output.request_id].append(output)
+        self._clear()
