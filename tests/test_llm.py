@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+import cabochon
 from cabochon import LLM, AsyncLLM, SamplingParams
 from cabochon.chat.events import Finish, TextDelta
 from cabochon.errors import ContextError, EngineError, InputError, RequestError
@@ -29,6 +30,11 @@ def llm(pebble):
 
 def greedy(tokens, **more):
     return SamplingParams(temperature=0, max_tokens=tokens, **more)
+
+
+@pytest.mark.parametrize("name", cabochon.__all__)
+def test_what_the_package_promises_is_there(name):
+    assert getattr(cabochon, name) is not None
 
 
 def test_chat_is_stream_joined(llm):

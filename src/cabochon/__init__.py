@@ -19,9 +19,9 @@ _HOMES = {
     "AsyncLLM": ".llm",
     "Completion": ".engine.request",
     "SamplingParams": ".engine.request",
-    "Event": ".chat.messages",
+    "Event": ".chat.events",
     "Message": ".chat.messages",
-    "Reply": ".chat.messages",
+    "Reply": ".chat.events",
 }
 
 

@@ -35,6 +35,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Batched = Annotated[int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens per step.")]
 Seqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Replies at once.")]
 Drafter = Annotated[str | None, typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp8 or int8.")]
 
 
@@ -59,12 +60,14 @@ def latency(
     dtype: Dtype = "auto",
     max_num_batched_tokens: Batched = 2048,
     kv_cache_dtype: Cache = "auto",
+    quantization: Quantization = None,
     drafter: Drafter = None,
 ) -> None:
     """How long a prompt takes, and each token after it."""
     options = {
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_dtype": kv_cache_dtype,
+        "quantization": quantization,
         "drafter": drafter,
     }
     llm = _load(model, device, dtype, input_len + output_len, batch, options)
@@ -104,12 +107,14 @@ def throughput(
     max_num_seqs: Seqs = 32,
     max_num_batched_tokens: Batched = 2048,
     kv_cache_dtype: Cache = "auto",
+    quantization: Quantization = None,
     drafter: Drafter = None,
 ) -> None:
     """Tokens per second of a batch that is there as a whole."""
     options = {
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_dtype": kv_cache_dtype,
+        "quantization": quantization,
         "drafter": drafter,
     }
     llm = _load(model, device, dtype, input_len + output_len, max_num_seqs, options)
