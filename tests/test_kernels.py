@@ -155,6 +155,19 @@ def test_rope(head, rotated, dtype, random):
     assert_close(ops.rope(x, cos, sin), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(1, 1), (50, 70), (33, 256)])
+def test_embed_gives_the_bits_of_its_definition(shape, format, layout, dtype, random):
+    rows = quantize(torch.randn(shape, generator=random).to(dtype), format)
+    table = pack(rows) if layout == "panels" else rows
+    ids = torch.randint(shape[0], (2, 9), generator=random)
+    assert torch.equal(ops.embed(ids, table, 7.3), reference.embed(ids.flatten(), rows, 7.3).unflatten(0, (2, 9)))
+    with pytest.raises(IndexError, match="no such row"):
+        ops.embed(ids + shape[0], table, 1.0)
+
+
 def test_store(random):
     pages, rows = torch.zeros(3, 4, 2, 10), torch.randn(5, 2, 10, generator=random)
     slots = torch.tensor([3, -1, 4, 11, 0])

@@ -75,8 +75,8 @@ def knows(x: Tensor) -> bool:
 
 
 def ready(x: Tensor) -> bool:
-    """Are there kernels for `x`? Where gradients are recorded there are none."""
-    return not torch.is_grad_enabled() and knows(x)
+    """Are there kernels for `x` (numbers in a type they know, or ids)? Where gradients are recorded there are none."""
+    return not torch.is_grad_enabled() and (knows(x) or (x.dtype == torch.long and x.is_cpu and on()))
 
 
 def as_matrix(weight: Weight, x: Tensor) -> _cpu.Matrix | None:
@@ -167,6 +167,20 @@ def _steps(stacked: Weight) -> tuple[int, int]:
     if isinstance(stacked, QuantTensor):
         return (stacked.codes.nbytes // stacked.shape[0], stacked.scales.nbytes // stacked.shape[0])
     return stacked.nbytes // stacked.shape[0], 0
+
+
+def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+    """Torch would gather rows of panels on a team of its own, whose threads then stay awake for some milliseconds and
+    hold up ours."""
+    if not isinstance(table, QuantTensor) or table.format not in FORMATS or table.dtype not in DTYPES:
+        return reference.embed(ids, table, scale)
+    ids, dtype = ids.contiguous(), DTYPES[table.dtype]
+    y = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype)
+    codes, scales = table.codes, table.scales
+    matrix = (FORMATS[table.format], 0, codes.data_ptr(), scales.data_ptr(), *table.shape)
+    factor = reference.rounded(scale, table.dtype)
+    _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, table.layout == "panels", factor, y.data_ptr(), dtype)
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -2,12 +2,12 @@
 #include "conformer.h"
 #include "largest.h"
 #include "layer.h"
-#include "packing.h"
+#include "lookup.h"
 
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, layer, product, settle, turn, recent, blend, halve, spin};
+const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, halve, spin};
 }  // namespace cabochon

@@ -233,6 +233,13 @@ void pack(Address codes, Address scales, long count, long width, int format, Add
     call(active->pack, op, double(count) * width);
 }
 
+void lookup(Address ids, long count, nb::tuple table, bool panels, float scale, Address y, int dtype) {
+    const Lookup op{reinterpret_cast<const int64_t*>(ids), count, matrix(table), panels, scale, reinterpret_cast<void*>(y), Dtype(dtype)};
+    for (long i = 0; i < count; ++i)
+        if (op.ids[i] < 0 || op.ids[i] >= op.table.rows) throw nb::index_error("no such row in the table");
+    call(active->lookup, op, double(count) * op.table.cols);
+}
+
 uint64_t read_memory(Address data, long bytes) {
     nb::gil_scoped_release release;
     return read_through(reinterpret_cast<const void*>(data), bytes);
@@ -322,6 +329,7 @@ NB_MODULE(_cpu, m) {
     m.def("quantize", quantize);
     m.def("pack", pack);
     m.def("spin", spin, "Multiplies in registers only, on all threads; how many operations those were.");
+    m.def("lookup", lookup);
     m.def("huge_pages", huge_pages);
     m.def("read", read_memory);
 }

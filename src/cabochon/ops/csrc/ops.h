@@ -102,6 +102,17 @@ struct Packing {
     void* scales;
 };
 
+// Rows of a quantised table, times `scale`.
+struct Lookup {
+    const int64_t* ids;  // [count]
+    long count;
+    Matrix table;
+    bool panels;  // else rows
+    float scale;
+    void* y;      // [count, table.cols]
+    Dtype dtype;
+};
+
 struct Largest {
     Rows x;  // float32
     long k;  // 1 to x.width
@@ -201,6 +212,7 @@ struct Ops {
     void (*largest)(const Largest&);
     void (*quantize)(const Packing&);
     void (*pack)(const Packing&);
+    void (*lookup)(const Lookup&);
     void (*layer)(const Layer&);
     void (*product)(const Product&);
     void (*settle)(const Settle&);
