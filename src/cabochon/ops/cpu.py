@@ -177,7 +177,8 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     ids, dtype = ids.contiguous(), DTYPES[table.dtype]
     y = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype)
     codes, scales = table.codes, table.scales
-    matrix = (FORMATS[table.format], 0, codes.data_ptr(), scales.data_ptr(), *table.shape)
+    rows, width = table.shape
+    matrix = (FORMATS[table.format], 0, codes.data_ptr(), scales.data_ptr(), rows, width)
     factor = reference.rounded(scale, table.dtype)
     _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, table.layout == "panels", factor, y.data_ptr(), dtype)
     return y

@@ -96,10 +96,9 @@ template <class T>
 constexpr bool WIDENED = sizeof(T) == 2 && Step<T>::SIZE == LANES;
 
 template <class T>
-void dense_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
+void dense_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
     const auto* rows = static_cast<const T*>(x.data);
     const auto* weight = static_cast<const T*>(w.codes);
-    const long outputs = least(BLOCK, w.rows - output);
     if (last - first == 1) {  // a single row reads the weight in one run through memory
         for (long c = 0; c < outputs; ++c)
             for (long from = 0; from < w.cols; from += INNER)
@@ -115,11 +114,10 @@ void dense_block(const Operand& x, long first, long last, const Matrix& w, long 
                                               from > 0, out + (row - first) * BLOCK + c);
 }
 
-void widened_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
+void widened_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
     alignas(64) float wide[DOT_OUTPUTS * INNER];
     const auto* rows = static_cast<const float*>(x.data);
     const auto* weight = static_cast<const Bf16*>(w.codes);
-    const long outputs = least(BLOCK, w.rows - output);
     for (long from = 0; from < w.cols; from += INNER) {
         const long inner = least(INNER, w.cols - from);
         for (long c = 0; c < outputs; c += DOT_OUTPUTS) {
@@ -133,15 +131,15 @@ void widened_block(const Operand& x, long first, long last, const Matrix& w, lon
     }
 }
 
-// out [last - first, 64] float32, whatever the weight is.
-void block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
-    if (w.format == INT8) return integer_product<INT8>(x, first, last, w, output, out);
-    if (w.format == INT4) return integer_product<INT4>(x, first, last, w, output, out);
-    if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, out);
+// out [last - first, 64] float32: the first `outputs` of every row, whatever the weight is.
+void block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
+    if (w.format == INT8) return integer_product<INT8>(x, first, last, w, output, outputs, out);
+    if (w.format == INT4) return integer_product<INT4>(x, first, last, w, output, outputs, out);
+    if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, outputs, out);
     if constexpr (WIDENED<Bf16>)
-        widened_block(x, first, last, w, output, out);
+        widened_block(x, first, last, w, output, outputs, out);
     else
-        dense_block<Bf16>(x, first, last, w, output, out);
+        dense_block<Bf16>(x, first, last, w, output, outputs, out);
 }
 
 }  // namespace

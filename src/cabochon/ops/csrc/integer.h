@@ -193,10 +193,10 @@ void fit(long rows, long panels, const Operand& x, long row, const Matrix& w, lo
     tile<F, R, C>(x, row, w, panel, from, to, out);
 }
 
-// out [last - first, 64]: the rows [first, last) of x times the 64 outputs of `w` that begin at `output`.
+// out [last - first, 64]: the rows [first, last) of x times `outputs` (64 at most) of `w` that begin at `output`.
 template <Format F>
-void integer_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
-    const long panel = output / PANEL, panels = least(BLOCK / PANEL, (w.rows - output + PANEL - 1) / PANEL);
+void integer_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
+    const long panel = output / PANEL, panels = (outputs + PANEL - 1) / PANEL;
     const bool flat = last - first <= FLAT;
     const long at_once = flat ? x.groups : GROUPS_AT_ONCE;  // few rows read a panel once: in one run through memory
     for (long from = 0; from < x.groups; from += at_once) {

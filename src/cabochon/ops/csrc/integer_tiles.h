@@ -109,8 +109,8 @@ void run_tiles(const Operand& x, long row, long from, long to, const Unpacked& w
 // Like `integer_block`, of twelve rows or more. `out` has room for rows in whole twelves: the last twelve may overlap
 // the ones before, and come to lie behind them first.
 template <Format F>
-void tiled_block(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
-    const long count = last - first, panel = output / PANEL, panels = least(BLOCK / PANEL, (w.rows - output + PANEL - 1) / PANEL);
+void tiled_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
+    const long count = last - first, panel = output / PANEL, panels = (outputs + PANEL - 1) / PANEL;
     const long cuts = (x.groups + TILE_GROUPS - 1) / TILE_GROUPS, depth = (x.groups + cuts - 1) / cuts;
     Unpacked unpacked;
     tile_configure(SHAPES);
@@ -135,11 +135,11 @@ void tiled_block(const Operand& x, long first, long last, const Matrix& w, long 
 
 // out [last - first, 64]: the rows [first, last) of x times the 64 outputs of `w` that begin at `output`.
 template <Format F>
-void integer_product(const Operand& x, long first, long last, const Matrix& w, long output, float* out) {
+void integer_product(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
 #if CABOCHON_TILES
-    if (last - first >= TILE_ROWS) return tiled_block<F>(x, first, last, w, output, out);
+    if (last - first >= TILE_ROWS) return tiled_block<F>(x, first, last, w, output, outputs, out);
 #endif
-    integer_block<F>(x, first, last, w, output, out);
+    integer_block<F>(x, first, last, w, output, outputs, out);
 }
 
 }  // namespace

@@ -11,7 +11,10 @@ constexpr long ROWS_AT_ONCE = 264;  // of a block's float32 results: 66 KiB; who
 enum Slot { LEFT, HIDDEN, BLOCK_A, BLOCK_B, SORTED, RESULT, LISTS, ATTENTION, LAYER };
 
 INLINE float* block_memory(Slot slot) { return static_cast<float*>(scratch(slot, ROWS_AT_ONCE * BLOCK * sizeof(float))); }
-INLINE long blocks(long outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+INLINE long blocks(long outputs, long breadth = BLOCK) { return (outputs + breadth - 1) / breadth; }
+
+// Outputs of an item: with few rows an item is mostly reading, and threads should end together.
+INLINE long breadth(long count) { return count <= 8 ? GROUP : BLOCK; }
 INLINE size_t element(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 INLINE const void* row_of(const Rows& x, long row) {
     return static_cast<const char*>(x.data) + row * x.stride * element(x.dtype);
@@ -61,16 +64,17 @@ struct Target {
 
 // The same rows times several weights; the blocks of all of them are shared out together.
 void multiply_to(const Operand& x, long count, const Target* targets, long n, float softcap = 0) {
+    const long broad = breadth(count);
     long items = 0;
-    for (long i = 0; i < n; ++i) items += blocks(targets[i].weight.rows);
+    for (long i = 0; i < n; ++i) items += blocks(targets[i].weight.rows, broad);
     parallel(items, [&](long item) {
         const Target* to = targets;
-        for (; item >= blocks(to->weight.rows); ++to) item -= blocks(to->weight.rows);
+        for (; item >= blocks(to->weight.rows, broad); ++to) item -= blocks(to->weight.rows, broad);
         float* out = block_memory(BLOCK_A);
-        const long output = item * BLOCK, width = least(BLOCK, to->weight.rows - output);
+        const long output = item * broad, width = least(broad, to->weight.rows - output);
         for (long first = 0; first < count; first += ROWS_AT_ONCE) {
             const long last = least(first + ROWS_AT_ONCE, count);
-            block(x, first, last, to->weight, output, out);
+            block(x, first, last, to->weight, output, width, out);
             for (long row = first; row < last; ++row)
                 typed(to->y.dtype, const_cast<void*>(row_of(to->y, row)), [&](auto* y) {
                     for (long i = 0; i < width; i += LANES) {
@@ -104,9 +108,8 @@ struct Hidden {
         }
     }
 
-    // gelu(gate) * up of the 64 columns from `column`.
-    void set(long row, long column, const float* gate, const float* up) const {
-        const long width = least(BLOCK, rows.width - column);
+    // gelu(gate) * up of `width` columns from `column`, which begins a group.
+    void set(long row, long column, long width, const float* gate, const float* up) const {
         for (long i = 0; i < width; i += GROUP) {
             F16 h[2];
             for (int half = 0; half < 2; ++half) {
@@ -120,23 +123,26 @@ struct Hidden {
     }
 };
 
+// `broad` columns of the hidden rows [first, last); column `gate_at` of them is output `up_at` of `up`.
 void hidden_block(const Operand& x, long first, long last, const Matrix& gate, const Matrix& up, long gate_at, long up_at,
-                  const Hidden& hidden) {
+                  long broad, const Hidden& hidden) {
+    const long width = least(broad, hidden.rows.width - gate_at);
     float *a = block_memory(BLOCK_A), *b = block_memory(BLOCK_B);
     for (; first < last; first += ROWS_AT_ONCE) {
         const long until = least(first + ROWS_AT_ONCE, last);
-        block(x, first, until, gate, gate_at, a);
-        block(x, first, until, up, up_at, b);
+        block(x, first, until, gate, gate_at, width, a);
+        block(x, first, until, up, up_at, width, b);
         for (long row = first; row < until; ++row)
-            hidden.set(row, gate_at, a + (row - first) * BLOCK, b + (row - first) * BLOCK);
+            hidden.set(row, gate_at, width, a + (row - first) * BLOCK, b + (row - first) * BLOCK);
     }
 }
 
 void gated(const Gated& op) {
     const Operand x = operand(op.x, op.gate.format, LEFT);
     const Hidden hidden(op.down.format, op.x.dtype, op.x.count, op.gate.rows);
-    parallel(blocks(op.gate.rows), [&](long item) {
-        hidden_block(x, 0, op.x.count, op.gate, op.up, item * BLOCK, item * BLOCK, hidden);
+    const long broad = breadth(op.x.count);
+    parallel(blocks(op.gate.rows, broad), [&](long item) {
+        hidden_block(x, 0, op.x.count, op.gate, op.up, item * broad, item * broad, broad, hidden);
     });
     const Target target{op.down, op.y};
     multiply_to(hidden.operand, op.x.count, &target, 1);
@@ -203,18 +209,19 @@ void experts_of(const Experts& op, const Rows& x, const int64_t* chosen, long fi
     parallel(routing.actives * blocks(inner), [&](long item) {
         const long expert = routing.active[item / blocks(inner)], output = item % blocks(inner) * BLOCK;
         const Matrix w = expert_matrix(op.gate_up, expert, op.gate_up_codes, op.gate_up_scales);
-        hidden_block(sorted, routing.first[expert], routing.first[expert + 1], w, w, output, inner + output, hidden);
+        hidden_block(sorted, routing.first[expert], routing.first[expert + 1], w, w, output, inner + output, BLOCK, hidden);
     });
     auto* result = static_cast<float*>(scratch(RESULT, rows * width * sizeof(float)));
     parallel(routing.actives * blocks(width), [&](long item) {
         float* out = block_memory(BLOCK_A);
         const long expert = routing.active[item / blocks(width)], output = item % blocks(width) * BLOCK;
+        const long outputs = least(BLOCK, width - output);
         const Matrix w = expert_matrix(op.down, expert, op.down_codes, op.down_scales);
         for (long first = routing.first[expert]; first < routing.first[expert + 1]; first += ROWS_AT_ONCE) {
             const long last = least(first + ROWS_AT_ONCE, routing.first[expert + 1]);
-            block(hidden.operand, first, last, w, output, out);
+            block(hidden.operand, first, last, w, output, outputs, out);
             for (long row = first; row < last; ++row)
-                memcpy(result + row * width + output, out + (row - first) * BLOCK, least(BLOCK, width - output) * sizeof(float));
+                memcpy(result + row * width + output, out + (row - first) * BLOCK, outputs * sizeof(float));
         }
     });
     parallel(x.count, [&](long token) {  // rows of a token in the order of its slots, whatever else the step holds

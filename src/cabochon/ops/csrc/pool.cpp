@@ -22,14 +22,17 @@ struct Job {
     long items = 0;
 };
 
-// `next` holds the job's number above 32 bits and its next item below. A worker takes an item by compare-and-swap on
+// `next` holds the job's number above 32 bits and its next item below. A worker takes items by compare-and-swap on
 // the whole word, so one that comes late can't take an item of the following job with this job's arguments, and the
 // caller waits for items, never for workers: a worker that the system has put aside holds nobody up.
+//
+// Items are taken in runs, long ones first: neighbours lie side by side in memory, so a thread reads on where it was, and
+// at the end threads wait for each other for the time of one item.
 struct Pool {
     Job job;
-    std::atomic<uint64_t> next{0};
-    std::atomic<uint32_t> number{0};
-    std::atomic<long> done{0};
+    alignas(64) std::atomic<uint64_t> next{0};
+    alignas(64) std::atomic<long> done{0};
+    alignas(64) std::atomic<uint32_t> number{0};  // what waiting workers look at
     std::atomic<int> asleep{0};
     std::atomic<int> wanted{1};
     int started = 1;
@@ -48,11 +51,13 @@ inline void pause() {
 
 void take_items(Pool& p, uint32_t number, const Job& job) {
     const uint64_t base = uint64_t(number) << 32;
+    const long sharing = 2 * p.wanted.load(std::memory_order_relaxed);
     uint64_t at = p.next.load(std::memory_order_acquire);
     while ((at & ~uint64_t(0xffffffff)) == base && long(at - base) < job.items) {
-        if (!p.next.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel)) continue;
-        job.work(job.context, long(at - base));
-        p.done.fetch_add(1, std::memory_order_acq_rel);
+        const long first = long(at - base), run = 1 + (job.items - first - 1) / sharing;
+        if (!p.next.compare_exchange_weak(at, at + run, std::memory_order_acq_rel)) continue;
+        for (long item = first; item < first + run; ++item) job.work(job.context, item);
+        p.done.fetch_add(run, std::memory_order_acq_rel);
         at = p.next.load(std::memory_order_acquire);
     }
 }
