@@ -249,18 +249,40 @@ def test_attend_over_two_way_spans_and_chosen_rows(random):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("head", "width"), [(64, 128), (32, 40), (12, 24)])
-def test_attend_over_pages_in_8_bits(head, width, dtype, random):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head", "width", "window"),
+    [(4, 2, 64, 128, None), (4, 2, 32, 40, 100), (6, 2, 12, 24, None), (8, 1, 256, 512, 500), (8, 1, 512, 1024, None)],
+)
+def test_attend_over_pages_in_8_bits(heads, kv_heads, head, width, window, dtype, random):
     q, step, pages, rows, start, context, past = attention_case(
-        [3, 1], [150, 37], 4, 2, head, width, None, dtype, random
+        [3, 1, 1], [150, 37, 600], heads, kv_heads, head, width, window, dtype, random
     )
     shape = pages.shape
     kept = ScaledPages(torch.zeros(shape, dtype=torch.int8), torch.zeros(*shape[:3], 2), head)
     kept.write(pages.flatten(0, 1), torch.arange(shape[0] * shape[1]))
-    offsets = {"key_offset": width - head, "value_offset": 0, "window": None}
+    offsets = {"key_offset": width - head, "value_offset": 0, "window": window}
     twin = kept.read(torch.arange(shape[0]), dtype)
     expected = reference.attend(q.double(), step.double(), twin.double(), rows, start, context, past, **offsets)
-    assert_close(cpu.attend(q, step, kept, rows, start, context, past, **offsets), expected, dtype)
+    got = cpu.attend(q, step, kept, rows, start, context, past, **offsets)
+    assert_close(got, expected, dtype)
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.attend(q, step, kept, rows, start, context, past, **offsets), got)
+    one, ends = (
+        Rows(None, torch.tensor([0, 1]).int(), rows.position[4:], rows.see_until[4:], 1),
+        torch.tensor([0, 1]).int(),
+    )
+    table = Past(past.table[2:], past.first[2:], past.slots[4:], past.longest)
+    alone = cpu.attend(q[4:], step[4:], kept, one, ends, context[2:], table, **offsets)
+    assert torch.equal(alone, got[4:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_not_a_number_stays_visible_over_pages_in_8_bits(dtype, random):
+    q, step, pages, rows, start, context, past = attention_case([1, 1], [150, 90], 4, 1, 64, 128, None, dtype, random)
+    kept = ScaledPages(torch.zeros(pages.shape, dtype=torch.int8), torch.ones(*pages.shape[:3], 2), 64)
+    q[0, 2, 50] = torch.nan
+    got = cpu.attend(q, step, kept, rows, start, context, past, key_offset=0, value_offset=64, window=None)
+    assert got[0, 2].isnan().all() and not got[0, [0, 1, 3]].isnan().any() and not got[1].isnan().any()
 
 
 def test_attend_without_past(random):

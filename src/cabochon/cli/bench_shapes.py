@@ -128,6 +128,7 @@ def decode_batch(network: Gemma4, requests: int, context: int) -> Batch:
         past[kind] = Past(table, torch.full((requests,), first, dtype=torch.int32), slots, context - first)
         for layer in group.layers:
             shape = (requests * count, PAGE, group.kv_heads, group.row_width)
-            pages[layer] = torch.randn(shape).to(torch.bfloat16)
+            draw = torch.randn(min(math.prod(shape), 1 << 20)).to(torch.bfloat16)
+            pages[layer] = _repeated(draw, shape)
     ids = torch.randint(text.vocab_size, (requests,))
     return Batch(ids, ends, position, rows, rows, None, past, pages)

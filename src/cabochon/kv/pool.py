@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import Kind
+from ..ops.cpu import prefer_huge_pages
 from ..ops.views import Pages, ScaledPages
 from .layout import CacheDtype, KVPlan
 
@@ -137,6 +138,8 @@ class PageStore:
             shape = (len(group.layers), plan.pages[kind], plan.page_size, group.kv_heads)
             # Zeros, not empty: a masked slot must not hold a NaN that a kernel multiplies by zero.
             codes = torch.zeros(*shape, group.row_width, dtype=kinds[formats[kind]], device=device)
+            if codes.is_cpu:
+                prefer_huge_pages(codes)
             self.codes[kind] = codes
             if formats[kind] != "auto":
                 self.scales[kind] = torch.zeros(*shape, 2, dtype=torch.float32, device=device)

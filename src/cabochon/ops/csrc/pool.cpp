@@ -17,7 +17,7 @@ namespace {
 constexpr int LOOKS = 20000;
 
 struct Job {
-    void (*work)(void*, long) = nullptr;
+    void (*work)(void*, long, long) = nullptr;
     void* context = nullptr;
     long items = 0;
 };
@@ -56,7 +56,7 @@ void take_items(Pool& p, uint32_t number, const Job& job) {
     while ((at & ~uint64_t(0xffffffff)) == base && long(at - base) < job.items) {
         const long first = long(at - base), run = 1 + (job.items - first - 1) / sharing;
         if (!p.next.compare_exchange_weak(at, at + run, std::memory_order_acq_rel)) continue;
-        for (long item = first; item < first + run; ++item) job.work(job.context, item);
+        job.work(job.context, first, first + run);
         p.done.fetch_add(run, std::memory_order_acq_rel);
         at = p.next.load(std::memory_order_acquire);
     }
@@ -100,11 +100,11 @@ void set_threads(int count) {
     pool->wanted = count < 1 ? 1 : count;
 }
 
-void run_items(long items, void (*work)(void*, long), void* context) {
+void run_items(long items, void (*work)(void*, long, long), void* context) {
     Pool& p = *pool;
     std::unique_lock<std::mutex> lock(p.one_caller, std::try_to_lock);
     if (items <= 1 || p.wanted <= 1 || !lock.owns_lock()) {
-        for (long item = 0; item < items; ++item) work(context, item);
+        if (items > 0) work(context, 0, items);
         return;
     }
     start_workers(p);

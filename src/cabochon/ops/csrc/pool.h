@@ -19,13 +19,24 @@ void prefer_huge_pages(void* data, size_t bytes);
 // Reads a word of every cache line on all threads: how long that takes is the least that a step over so many bytes takes.
 uint64_t read_through(const void* data, size_t bytes);
 
-void run_items(long items, void (*work)(void* context, long item), void* context);
+// Calls work(context, first, last) for runs of items.
+void run_items(long items, void (*work)(void* context, long first, long last), void* context);
 
-// work(item) for every item in [0, items), in any order, on all threads; returns when all are done.
+// work(item) for every item in [0, items), in any order, on all threads; returns when all are done. Where `work` wants to
+// know, it is also told where the run of items ends that this thread is at.
 template <class Work>
 void parallel(long items, const Work& work) {
     run_items(
-        items, [](void* context, long item) { (*static_cast<const Work*>(context))(item); }, const_cast<Work*>(&work));
+        items,
+        [](void* context, long first, long last) {
+            const Work& work = *static_cast<const Work*>(context);
+            for (long item = first; item < last; ++item)
+                if constexpr (requires { work(item, last); })
+                    work(item, last);
+                else
+                    work(item);
+        },
+        const_cast<Work*>(&work));
 }
 
 }  // namespace cabochon
