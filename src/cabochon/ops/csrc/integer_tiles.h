@@ -133,7 +133,7 @@ void tiled_block(const Operand& x, long first, long last, const Matrix& w, long 
 
 #endif
 
-// out [last - first, 64]: the rows [first, last) of x times the 64 outputs of `w` that begin at `output`.
+// out [last - first, 64]: the rows [first, last) of x times `outputs` (64 at most) of `w` from `output` on.
 template <Format F>
 void integer_product(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
 #if CABOCHON_TILES
