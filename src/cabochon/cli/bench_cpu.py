@@ -4,29 +4,38 @@ Weights are random codes in the true shapes (they cost as much as real ones, and
 would take longer than timing it), and the past is random rows in shuffled pages: so a context of 32k needs no prefill.
 What is timed is the network's step alone; scheduler and sampler are `bench latency`'s business.
 
-Limits are measured first, in the same run and by the same clock. On a machine with other work only `--cpu-time` means
-anything: one thread, and the time that it ran.
+Limits are measured anew beside every step, by the same clock, and peers take turns with us: a share or a ratio holds
+on a machine with other work, too. Seconds do so only with `--cpu-time`: one thread, and the time that it ran.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import InputError
+from ..kv.layout import CacheDtype
 from ..sizing import Workload, hardware
+from ..sizing.hardware import Hardware, Measured
 from ..sizing.speed import prefill_seconds, step_seconds
 
 if TYPE_CHECKING:
+    from ..config import ModelConfig
     from ..model.batch import Batch
     from ..model.gemma4 import Gemma4
+    from .measure import Meter
+    from .peers import Peer
 
 
 def cpu(
@@ -37,7 +46,13 @@ def cpu(
     prefill: Annotated[str, typer.Option(help="Prompt lengths.")] = "512",
     batches: Annotated[str, typer.Option(help="Decode batches.")] = "1,8",
     contexts: Annotated[str, typer.Option(help="Contexts of the decode steps.")] = "512",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Stored keys and values of global layers: auto or int8.")
+    ] = "auto",
     isa: Annotated[str, typer.Option(help="Pretend that this is the best instruction set.")] = "",
+    versus: Annotated[
+        list[str], typer.Option(help="A peer to time in turns: llama.cpp=PATH/TO/llama-bench, or transformers.")
+    ] = [],  # noqa: B006  # typer copies it
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 3,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Time one thread by what it computes, not by the clock on the wall.")
@@ -48,61 +63,145 @@ def cpu(
 
     from ..ops import cpu as kernels
     from ..weights.random import open_random
-    from .bench_shapes import decode_batch, prefill_batch, random_codes
-    from .measure import measure
+    from .bench_shapes import random_codes
+    from .measure import Meter
+    from .peers import KINDS, known_peers
 
+    programs = known_peers(versus)
+    if unknown := [format for format in formats.split(",") if format not in KINDS]:
+        raise InputError(f"--formats has {unknown[0]!r}, but the formats are {', '.join(KINDS)}.")
+    stored: dict[str, CacheDtype] = {"auto": "auto", "int8": "int8"}
+    if kv_cache_dtype not in stored:
+        raise InputError(f"--kv-cache-dtype is {kv_cache_dtype!r}, but must be auto or int8.")
     if isa:
         kernels.use(isa)
     clock = time.thread_time if cpu_time else time.perf_counter
     if cpu_time:
         torch.set_num_threads(1)
     config, _ = open_random(model)
-    limits = measure(clock=clock)
-    machine = hardware.as_hardware(limits)
-    rows = []
+    meter = Meter(clock=clock)
+    timings = []
     for format in formats.split(","):
-        network = random_codes(config, format)
-        work = Workload(quantization=None if format == "bfloat16" else format)
-        for length in _numbers(prefill):
-            seconds = _median(network, prefill_batch(network, length), repeats, clock)
-            predicted = prefill_seconds(config, work, machine, 1, length)
-            rows.append(_row(format, f"prefill {length}", length / seconds, length / predicted))
-        for context in _numbers(contexts):
-            for requests in _numbers(batches):
-                seconds = _median(network, decode_batch(network, requests, context), repeats, clock)
-                predicted = step_seconds(config, replace(work, context=context), machine, requests, 1)
-                rows.append(_row(format, f"decode {requests} at {context}", requests / seconds, requests / predicted))
-        del network
+        quantization = None if format == "bfloat16" else format
+        work = Workload(quantization=quantization, kv_cache_dtype=stored[kv_cache_dtype])
+        with tempfile.TemporaryDirectory() as folder:
+            peers = list(_peers(programs, config, format, Path(folder), cpu_time))
+            network = random_codes(config, format)
+            runs = _runs(network, work, _numbers(prefill), _numbers(batches), _numbers(contexts))
+            timings += [_timed(run, network, format, repeats, meter, peers) for run in runs]
+            del network, peers, runs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    table = Table("format", "what", "tokens/s", "predicted", "reached", title=f"{model}, {kernels.active()}")
-    for row in rows:
-        rates = (f"{row[key]:.1f}" for key in ("tokens_per_second", "predicted"))
-        table.add_row(row["format"], row["what"], *rates, f"{row['reached']:.0%}")
-    Console().print(table)
-    speeds = f"memory {limits.bandwidth / 1e9:.1f} GB/s, int8 {limits.int8 / 1e9:.0f} GOP/s"
+    rows = [timing.row() for timing in timings]
+    _show(f"{model}, {kernels.active()}", rows)
+    limits = [limit for timing in timings for limit in timing.limits]
+    bandwidth, int8 = (_middle([getattr(limit, rate) for limit in limits]) for rate in ("bandwidth", "int8"))
+    speeds = f"memory {bandwidth / 1e9:.1f} GB/s, int8 {int8 / 1e9:.0f} GOP/s"
     print(f"{speeds}, {torch.get_num_threads()} threads{', by their own time' if cpu_time else ''}")
-    result = {"model": model, "isa": kernels.active(), "bandwidth": limits.bandwidth, "int8": limits.int8}
-    result |= {"threads": torch.get_num_threads(), "cpu_time": cpu_time}
+    result = {"model": model, "isa": kernels.active(), "bandwidth": bandwidth, "int8": int8}
+    result |= {"threads": torch.get_num_threads(), "cpu_time": cpu_time, "kv_cache_dtype": kv_cache_dtype}
     print(json.dumps(result | {"peak_rss": peak, "rows": rows}))
 
 
-def _row(format: str, what: str, rate: float, predicted: float) -> dict[str, Any]:
-    reached = rate / predicted
-    return {"format": format, "what": what, "tokens_per_second": rate, "predicted": predicted, "reached": reached}
+@dataclass(slots=True)
+class Run:
+    """A step to be timed: `tokens` are what it is worth."""
+
+    what: str
+    tokens: int
+    batch: Callable[[], Batch]
+    predict: Callable[[Hardware], float]
+    """Seconds, by a device's rates."""
+    of_peer: Callable[[Peer], float | None]
+
+
+@dataclass(slots=True)
+class Timing:
+    format: str
+    run: Run
+    seconds: list[float] = field(default_factory=list)
+    limits: list[Measured] = field(default_factory=list)
+    """One for each of our seconds, found just after them."""
+    peers: dict[str, list[float]] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        seconds = _middle(self.seconds)
+        both = zip(self.seconds, self.limits, strict=True)
+        reached = _middle([self.run.predict(hardware.as_hardware(limit)) / mine for mine, limit in both])
+        rate = self.run.tokens / seconds
+        row = {"format": self.format, "what": self.run.what, "tokens_per_second": rate}
+        row |= {"predicted": rate / reached, "reached": reached}
+        for name, theirs in self.peers.items():
+            middle = _middle(theirs)
+            row |= {name: self.run.tokens / middle, f"times_{name}": middle / seconds}
+        return row
+
+
+def _peers(
+    programs: dict[str, Path | None], config: ModelConfig, format: str, folder: Path, cpu_time: bool
+) -> Iterator[Peer]:
+    from .peers import LlamaCpp, Transformers
+
+    for program in programs.values():
+        yield LlamaCpp(program, config, format, folder, cpu_time) if program else Transformers(config, cpu_time)
+
+
+def _runs(
+    network: Gemma4, work: Workload, lengths: list[int], batches: list[int], contexts: list[int]
+) -> Iterator[Run]:
+    from .bench_shapes import decode_batch, prefill_batch
+
+    config = network.config
+    for length in lengths:
+        yield Run(
+            f"prefill {length}",
+            length,
+            partial(prefill_batch, network, length),
+            lambda machine, n=length: prefill_seconds(config, work, machine, 1, n),  # type: ignore[misc]  # a default
+            lambda peer, n=length: peer.prefill(n),  # type: ignore[misc]  # a default
+        )
+    for context in contexts:
+        for requests in batches:
+            there = replace(work, context=context)
+            yield Run(
+                f"decode {requests} at {context}",
+                requests,
+                partial(decode_batch, network, requests, context, work.kv_cache_dtype),
+                lambda machine, n=requests, w=there: step_seconds(config, w, machine, n, 1),  # type: ignore[misc]  # defaults
+                lambda peer, n=requests, c=context: peer.decode(n, c),  # type: ignore[misc]  # defaults
+            )
+
+
+def _timed(run: Run, network: Gemma4, format: str, repeats: int, meter: Meter, peers: list[Peer]) -> Timing:
+    """All sides in turns; our first step, which touches everything once, does not count."""
+    import torch
+
+    timing, batch = Timing(format, run), run.batch()
+    with torch.inference_mode():
+        network(batch)
+        for _ in range(repeats):
+            begin = meter.clock()
+            network(batch)
+            timing.seconds.append(meter.clock() - begin)
+            timing.limits.append(meter.now())
+            for peer in peers:
+                if (theirs := run.of_peer(peer)) is not None:
+                    timing.peers.setdefault(peer.name, []).append(theirs)
+    return timing
+
+
+def _show(title: str, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(key.removeprefix("times_") for row in rows for key in row if key.startswith("times_")))
+    table = Table("format", "what", "tokens/s", "predicted", "reached", *names, title=title)
+    for row in rows:
+        rates = (f"{row[key]:.1f}" for key in ("tokens_per_second", "predicted"))
+        ratios = (f"{row[name]:.1f} ({row['times_' + name]:.2f}x)" if name in row else "" for name in names)
+        table.add_row(row["format"], row["what"], *rates, f"{row['reached']:.0%}", *ratios)
+    Console().print(table)
 
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def _median(network: Gemma4, batch: Batch, repeats: int, clock: Callable[[], float]) -> float:
-    """Seconds of the median step; the first one, which touches everything once, does not count."""
-    import torch
-
-    times = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            begin = clock()
-            network(batch)
-            times.append(clock() - begin)
-    return sorted(times[1:])[repeats // 2]
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

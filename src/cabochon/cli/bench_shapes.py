@@ -15,7 +15,7 @@ from ..formats import FORMATS
 from ..kv.layout import kv_groups
 from ..model.batch import Batch
 from ..model.gemma4 import Gemma4
-from ..ops import Pages, Past, Rows
+from ..ops import Pages, Past, Rows, ScaledPages
 from ..ops.cpu import prefer_huge_pages
 from ..ops.packing import pack
 from ..quant import QuantTensor
@@ -33,7 +33,7 @@ def random_codes(config: ModelConfig, format: str) -> Gemma4:
     there = set(network.state_dict())
     for param in parameters(config):
         if param.name in there:
-            weight = _weight(param, format)
+            weight = random_weight(param, format)
             kept = param.part == "per_layer_embedding"
             place(network, param.name, host(weight, device()) if kept else weight)
     return network.eval()
@@ -44,7 +44,8 @@ def device() -> torch.device:
     return torch.empty(0).device
 
 
-def _weight(param: Param, format: str) -> Tensor | QuantTensor:
+def random_weight(param: Param, format: str) -> Tensor | QuantTensor:
+    """A matrix of random codes in `format`, as it is streamed; another tensor calm and in bfloat16."""
     if not param.quantize:
         return calm_tensor(param.name, param.shape, dtype=torch.bfloat16).to(device())
     *rows, width = param.shape
@@ -112,7 +113,14 @@ def prefill_batch(network: Gemma4, length: int) -> Batch:
     return Batch(ids, ends, context, rows, tail, None)
 
 
-def decode_batch(network: Gemma4, requests: int, context: int) -> Batch:
+def _stored(shape: tuple[int, ...], head_dim: int, kv_cache_dtype: str) -> Pages:
+    """Pages of random rows, in bfloat16 or int8."""
+    if kv_cache_dtype == "auto":
+        return _repeated(torch.randn(min(math.prod(shape), 1 << 20)).to(torch.bfloat16), shape)
+    return ScaledPages(_bytes(*shape).view(torch.int8), torch.full((*shape[:3], 2), 1 / 73), head_dim)
+
+
+def decode_batch(network: Gemma4, requests: int, context: int, kv_cache_dtype: str = "auto") -> Batch:
     """One token for each of `requests` requests after `context` tokens each, over pages of random rows."""
     text = network.config.text
     position = torch.full((requests,), context, dtype=torch.int32)
@@ -128,7 +136,6 @@ def decode_batch(network: Gemma4, requests: int, context: int) -> Batch:
         past[kind] = Past(table, torch.full((requests,), first, dtype=torch.int32), slots, context - first)
         for layer in group.layers:
             shape = (requests * count, PAGE, group.kv_heads, group.row_width)
-            draw = torch.randn(min(math.prod(shape), 1 << 20)).to(torch.bfloat16)
-            pages[layer] = _repeated(draw, shape)
+            pages[layer] = _stored(shape, group.head_dim, kv_cache_dtype if kind == "global" else "auto")
     ids = torch.randint(text.vocab_size, (requests,))
     return Batch(ids, ends, position, rows, rows, None, past, pages)

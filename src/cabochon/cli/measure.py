@@ -17,26 +17,35 @@ SIZE = 2048
 """Side of the matrices that are multiplied."""
 
 
+class Meter:
+    """What is read and multiplied to see how fast this machine is, made once and run as often as wanted; by `clock`."""
+
+    def __init__(
+        self, read_bytes: int = READ_BYTES, size: int = SIZE, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
+        operations = 2.0 * size**3
+        self.work = (read_bytes, operations, operations)
+        self.runs = (_reader(read_bytes), _product(size), _integer_product(size))
+        self.now()  # touches everything
+
+    def now(self) -> Measured:
+        """Rates at this moment, one run each."""
+        bandwidth, bf16, int8 = (work / self._seconds(run) for work, run in zip(self.work, self.runs, strict=True))
+        return Measured(bandwidth=bandwidth, bf16=bf16, int8=int8, cores=torch.get_num_threads())
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        begin = self.clock()
+        run()
+        return self.clock() - begin
+
+
 def measure(read_bytes: int = READ_BYTES, size: int = SIZE, clock: Callable[[], float] = time.perf_counter) -> Measured:
     """The best of a few runs each: reading memory far larger than the caches, and matrix products; by `clock`."""
-    operations = 2.0 * size**3
-    return Measured(
-        bandwidth=read_bytes / _best(_reader(read_bytes), clock),
-        bf16=operations / _best(_product(size), clock),
-        int8=operations / _best(_integer_product(size), clock),
-        cores=torch.get_num_threads(),
-    )
-
-
-def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest run, the first (which warms up) left out."""
-    run()
-    times = []
-    for _ in range(REPEATS):
-        begin = clock()
-        run()
-        times.append(clock() - begin)
-    return min(times)
+    meter = Meter(read_bytes, size, clock)
+    runs = [meter.now() for _ in range(REPEATS)]
+    bandwidth, bf16, int8 = (max(getattr(run, rate) for run in runs) for rate in ("bandwidth", "bf16", "int8"))
+    return Measured(bandwidth, bf16, int8, torch.get_num_threads())
 
 
 def _reader(size: int) -> Callable[[], object]:
