@@ -26,7 +26,7 @@ def isa(request):
 
 @pytest.fixture
 def random():
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
+    return torch.Generator().manual_seed(torch.initial_seed() % 2**31)
 
 
 def weight_of(shape, format, dtype, random):
@@ -215,7 +215,9 @@ def test_attend(case, dtype, random):
     got = cpu.attend(*inputs, **offsets)
     q, step, pages, *rest = inputs
     expected = reference.attend(q.double(), step.double(), pages.double(), *rest, **offsets)
-    assert_close(got, expected, dtype)
+    # A score is a chain of `head` additions in float32, its error goes into the weight as it is, and over some hundred
+    # keys nothing of the output is large beside it.
+    assert_close(got, expected, dtype, max(1.0, head / 256))
     torch.set_num_threads(4)
     assert torch.equal(cpu.attend(*inputs, **offsets), got)
 
