@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "cabochon"
-ORACLE_USERS, ORACLE = ("cli.verify", "cli.baseline"), "transformers"
+ORACLE_USERS, ORACLE = ("cli.verify", "cli.baseline", "cli.peers"), "transformers"
 TORCH_FREE = ("errors", "config", "variants", "formats", "chat", "kv.layout", "weights.params", "sizing")
 
 
