@@ -58,13 +58,13 @@ TASKS = (
     Task(knowledge.greet, 0.015, split=False),
 )
 SENSED = (
-    Task(scenes.lone, 0.25),
-    Task(scenes.several, 0.15),
+    Task(scenes.lone, 0.2),
+    Task(scenes.several, 0.22),
     Task(scenes.patchwork, 0.1),
-    Task(scenes.moving, 0.08),
+    Task(scenes.moving, 0.06),
     Task(scenes.chart, 0.1),
     Task(writing.read, 0.18),
-    Task(sounds.hear, 0.14, split=False),
+    Task(sounds.hear, 0.18, split=False),
 )
 """Shares of the exercises that show something; the sounds' split was made when they were."""
 PROSE = 0.02

@@ -29,6 +29,8 @@ APART = 60
 """Least distance of a tint, in the cube of 0 to 255, from the colour that its shape never has."""
 GRID = 20
 """Thousandths of a side to which the boxes in training are rounded; finer digits would be noise to this eye."""
+ONES = 0.1
+"""Of the questions for a number whose answer is one: it is the commonest by far, and would be learned as such."""
 MOST = 4
 """Questions about one picture."""
 Exchange = tuple[str, str]
@@ -93,22 +95,36 @@ def _misled(rng: random.Random, thing: Thing, question: str) -> Case:
 
 def several(rng: random.Random) -> Case:
     """Numbers, boxes, colours, shapes and directions among up to nine things."""
-    things = pictures.two(rng) if rng.random() < 0.4 else pictures.crowd(rng)[-1]
+    number = 0
+    if rng.random() < 0.4:
+        things = pictures.two(rng)
+    else:
+        number, shape, things = pictures.crowd(rng)
     pairs = Counter((thing.colour, thing.shape) for thing in things)
-    exchanges = [*_numbers(rng, things), *_lookups(things)]
+    exchanges = [*_numbers(rng, things, ("shape", "colour")), *_lookups(things)]
     clear = [thing for thing in things if pairs[thing.colour, thing.shape] == 1]
     boxes = [_box(thing, f"{thing.colour} {thing.shape}") for thing in clear]
     exchanges += rng.sample(boxes, min(2, len(boxes)))
     if len(clear) > 1:
         exchanges += _direction(*rng.sample(clear, 2))
     rng.shuffle(exchanges)
-    return _case(rng, "several", things, exchanges[: rng.randint(2, MOST)])
+    exchanges = exchanges[: rng.randint(2, MOST)]
+    if number:  # what scoring asks, from one to six alike
+        asked = pictures.ask_number(rng, shape), f"{number}."
+        exchanges = [asked, *(other for other in exchanges[1:] if other != asked)]
+        rng.shuffle(exchanges)
+    return _case(rng, "several", things, exchanges)
 
 
-def _numbers(rng: random.Random, things: list[Thing]) -> list[Exchange]:
-    shapes, colours = Counter(thing.shape for thing in things), Counter(thing.colour for thing in things)
-    counted = [(pictures.ask_number(rng, shape), f"{number}.") for shape, number in shapes.items()]
-    return [*counted, *((f"How many are {colour}?", f"{number}.") for colour, number in colours.items())]
+def _numbers(rng: random.Random, things: list[Thing], kinds: tuple[str, ...]) -> list[Exchange]:
+    """How many there are of a shape or a colour."""
+    counted = []
+    for kind in kinds:
+        for name, number in Counter(getattr(thing, kind) for thing in things).items():
+            question = pictures.ask_number(rng, name) if kind == "shape" else f"How many are {name}?"
+            if number > 1 or rng.random() < ONES:
+                counted.append((question, f"{number}."))
+    return counted
 
 
 def _lookups(things: list[Thing]) -> list[Exchange]:
@@ -161,7 +177,7 @@ def patchwork(rng: random.Random) -> Case:
     things = pictures.apart(rng, [rng.choice(PAIRS) for _ in range(rng.randint(2, 7))], 17, 36)
     things = [tinted(rng, thing) if rng.random() < TINTED else thing for thing in things]
     shapes = Counter(thing.shape for thing in things)
-    exchanges = [(pictures.ask_number(rng, shape), f"{number}.") for shape, number in shapes.items()]
+    exchanges = _numbers(rng, things, ("shape",))
     exchanges += [_box(thing, thing.shape) for thing in things if shapes[thing.shape] == 1][:2]
     rng.shuffle(exchanges)
     return _case(rng, "patchwork", things, exchanges[: rng.randint(1, MOST)])

@@ -38,7 +38,7 @@ from cabochon.weights.params import parameters
 from cabochon.weights.random import calm_tensor
 
 OUT = train.RUN / "senses"
-SENSED = 0.8
+SENSED = 0.7
 """Of the conversations in the joint part."""
 TEXT_RATE = 0.15
 """Of the text network's parameters, in parts of the towers'."""
