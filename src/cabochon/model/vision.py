@@ -69,9 +69,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated GELU with clipped matrices, some thousand rows at a time: what lies between is four times as wide."""
+    """Gated GELU with clipped matrices, some rows at a time: what lies between is four times as wide.
+
+    Of a large picture so many that it takes the memory of one [I, W]: it fits where one has just been freed, while
+    smaller pieces leave gaps that grow with every layer (406 against 300 MiB after six).
+    """
 
     ROWS = 1536
+    """At least, for the sake of the products."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -84,10 +89,9 @@ class MLP(nn.Module):
         """[B, I, W] -> [B, I, W]."""
         first, second = self.gate_proj.linear.weight, self.up_proj.linear.weight
         clips = self.gate_proj.clip, self.up_proj.clip
-        out = [
-            self.down_proj(ops.clipped_gate(rows, first, second, clips, "gelu"))
-            for rows in x.flatten(0, 1).split(self.ROWS)
-        ]
+        flat = x.flatten(0, 1)
+        pieces = flat.split(max(self.ROWS, flat.numel() // len(first)))
+        out = [self.down_proj(ops.clipped_gate(rows, first, second, clips, "gelu")) for rows in pieces]
         return torch.cat(out).view_as(x)
 
 

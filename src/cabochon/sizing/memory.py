@@ -233,7 +233,8 @@ def encoder(config: ModelConfig, dtype: str) -> int:
     """Peak of encoding one image of the largest budget (1,120 soft tokens), and the features that are kept.
 
     However many arrive together, no more than one such image is in a tower at a time. In a layer's attention seven rows
-    are alive per patch: stream, norm, query, key, value, result, and what is added. (30 s of sound take a quarter.)
+    are alive per patch: stream, norm, query, key, value, result, and what is added. The allocator's gaps between them
+    come to as much again (measured over many layers). 30 s of sound take a quarter.
     """
     vision, size = config.vision, FORMATS[dtype].bits // 8
     if vision is None:
@@ -241,7 +242,7 @@ def encoder(config: ModelConfig, dtype: str) -> int:
     if isinstance(vision, UnifiedVisionConfig):
         peak = 1120 * (2 * 3 * vision.model_patch_size**2 + 3 * vision.mm_embed_dim) * 4
     else:
-        patch = 7 * vision.hidden_size * size + 2 * 3 * vision.patch_size**2
+        patch = 2 * 7 * vision.hidden_size * size + 2 * 3 * vision.patch_size**2
         peak = 1120 * vision.pooling_kernel_size**2 * patch
     return peak + ENCODER_CACHE_TOKENS * config.text.hidden_size * size
 
