@@ -268,7 +268,7 @@ def test_a_conversation_with_tools_goes_round(base: str) -> None:
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"max_tokens": "9"}, "max_tokens", "must be a valid integer"),
-        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": []}, "messages", "has 0 entries, but must have at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'robot'"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "messages[0].content is 3"),
         ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type", "'smell'"),
