@@ -45,7 +45,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[str]:
-    llm = bundled_llm()
+    llm = bundled_llm(loop_guard=0)  # a reply that is to be stopped must not end by itself
     with running(llm) as base:
         yield base
     llm.close()

@@ -126,7 +126,7 @@ def test_only_what_the_model_says_is_predicted():
     template = Template(TOKENIZER)
     entry = next(e for e in heldout.SUITE if e.name == "answer from a tool")
     for case in heldout.cases(entry, 20):
-        ids, marks, _ = mixture.document(case, template)
+        ids, marks, *_ = mixture.document(case, template)
         said = TOKENIZER.decode([i for i, mark in zip(ids, marks, strict=True) if mark], special=True)
         call = case.messages[1]["tool_calls"][0]["function"]["name"]
         assert said.startswith(f"<|tool_call>call:{call}{{")
