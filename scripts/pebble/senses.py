@@ -38,8 +38,6 @@ from cabochon.weights.params import parameters
 from cabochon.weights.random import calm_tensor
 
 OUT = train.RUN / "senses"
-SENSED = 0.7
-"""Of the conversations in the joint part."""
 TEXT_RATE = 0.15
 """Of the text network's parameters, in parts of the towers'."""
 SIGHTS = (*pictures.COLOURS, *pictures.SHAPES, *writing.ALPHABET)
@@ -197,7 +195,7 @@ class Together(train.Run):
 
     def new_steps(self, rng: random.Random) -> Iterator[Any]:
         exhibits = Exhibits(self.model.config, self.template)
-        stream = documents(self.template, rng.getrandbits(60), exhibits, SENSED)
+        stream = documents(self.template, rng.getrandbits(60), exhibits, self.options.sensed)
         return train.steps(stream, rng, self.options.device)
 
     def loss(self, part: train.Step) -> tuple[Tensor, float, int]:
@@ -271,6 +269,7 @@ def main() -> None:
     parser.add_argument("--alone", type=float, default=9, help="minutes of processor time for the towers alone")
     parser.add_argument("--minutes", type=float, default=12, help="minutes of processor time for all together")
     parser.add_argument("--eye-only", action="store_true", help="leave the ear of --text as it is to begin with")
+    parser.add_argument("--sensed", type=float, default=0.7, help="part of the conversations that show something")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--passes", type=int, default=1, help="forward passes per worker and step")
     parser.add_argument("--seed", type=int, default=0)
