@@ -90,7 +90,7 @@ class MLP(nn.Module):
         first, second = self.gate_proj.linear.weight, self.up_proj.linear.weight
         clips = self.gate_proj.clip, self.up_proj.clip
         flat = x.flatten(0, 1)
-        pieces = flat.split(max(self.ROWS, flat.numel() // len(first)))
+        pieces = flat.split(max(self.ROWS, flat.numel() // first.shape[0]))
         out = [self.down_proj(ops.clipped_gate(rows, first, second, clips, "gelu")) for rows in pieces]
         return torch.cat(out).view_as(x)
 
