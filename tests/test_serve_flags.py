@@ -102,6 +102,7 @@ REFUSED = {
         "google/gemma-4-E2B-it --speculative-config '{\"prompt_lookup_max\":2}'",
         "--speculative-config holds 'prompt_lookup_max'; known are method, model and num_speculative_tokens.",
     ),
+    "guesses by nobody": ("google/gemma-4-E2B-it --num-speculative-tokens 2", "name one with --drafter"),
     "guesses, said twice": (
         'google/gemma-4-E2B-it --drafter auto --speculative-config \'{"method":"mtp"}\'',
         "give one or the other",

@@ -44,12 +44,12 @@ class Speaker:
 
     def __init__(self) -> None:
         folder = package("espeakng-loader") / "espeakng_loader"
-        self.library = ctypes.CDLL(str(folder / "libespeak-ng.so"))
-        self.rate = self.library.espeak_Initialize(1, 0, str(folder).encode(), 0)  # 1: hand samples over, play nothing
+        self.speaker = ctypes.CDLL(str(folder / "libespeak-ng.so"))
+        self.rate = self.speaker.espeak_Initialize(1, 0, str(folder).encode(), 0)  # 1: hand samples over, play nothing
         self.parts: list[NDArray[np.int16]] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = kind(self._take)
-        self.library.espeak_SetSynthCallback(self.callback)
+        self.speaker.espeak_SetSynthCallback(self.callback)
 
     def _take(self, samples: ctypes._Pointer[ctypes.c_short], count: int, _events: int) -> int:
         if count:
@@ -59,13 +59,13 @@ class Speaker:
     def say(self, text: str, voice: str, speed: int, pitch: int) -> NDArray[np.float32]:
         """[N] at 16 kHz; `speed` in words a minute, `pitch` 0 to 100."""
         self.parts = []
-        if self.library.espeak_SetVoiceByName(voice.encode()):
+        if self.speaker.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
-        self.library.espeak_SetParameter(1, speed, 0)
-        self.library.espeak_SetParameter(3, pitch, 0)
+        self.speaker.espeak_SetParameter(1, speed, 0)
+        self.speaker.espeak_SetParameter(3, pitch, 0)
         raw = text.encode() + b"\0"
-        self.library.espeak_Synth(raw, len(raw), 0, 0, 0, 1, None, None)
-        self.library.espeak_Synchronize()
+        self.speaker.espeak_Synth(raw, len(raw), 0, 0, 0, 1, None, None)
+        self.speaker.espeak_Synchronize()
         return resampled(np.concatenate(self.parts).astype(np.float32) / 32768, self.rate)
 
 

@@ -77,7 +77,7 @@ def round_products() -> None:
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         return Rounded.apply(x, weight)
 
-    cabochon.ops.linear = cabochon.ops.reference.linear = linear  # type: ignore[assignment]
+    cabochon.ops.linear = cabochon.ops.reference.linear = linear  # type: ignore[assignment]  # the op takes quantised weights too
 
 
 @dataclass

@@ -148,27 +148,35 @@ def _peers(
 def _runs(
     network: Gemma4, work: Workload, lengths: list[int], batches: list[int], contexts: list[int]
 ) -> Iterator[Run]:
-    from .bench_shapes import decode_batch, prefill_batch
-
-    config = network.config
     for length in lengths:
-        yield Run(
-            f"prefill {length}",
-            length,
-            partial(prefill_batch, network, length),
-            lambda machine, n=length: prefill_seconds(config, work, machine, 1, n),  # type: ignore[misc]  # a default
-            lambda peer, n=length: peer.prefill(n),  # type: ignore[misc]  # a default
-        )
+        yield _prefill(network, work, length)
     for context in contexts:
         for requests in batches:
-            there = replace(work, context=context)
-            yield Run(
-                f"decode {requests} at {context}",
-                requests,
-                partial(decode_batch, network, requests, context, work.kv_cache_dtype),
-                lambda machine, n=requests, w=there: step_seconds(config, w, machine, n, 1),  # type: ignore[misc]  # defaults
-                lambda peer, n=requests, c=context: peer.decode(n, c),  # type: ignore[misc]  # defaults
-            )
+            yield _decode(network, replace(work, context=context), requests)
+
+
+def _prefill(network: Gemma4, work: Workload, length: int) -> Run:
+    from .bench_shapes import prefill_batch
+
+    return Run(
+        f"prefill {length}",
+        length,
+        partial(prefill_batch, network, length),
+        lambda machine: prefill_seconds(network.config, work, machine, 1, length),
+        lambda peer: peer.prefill(length),
+    )
+
+
+def _decode(network: Gemma4, work: Workload, requests: int) -> Run:
+    from .bench_shapes import decode_batch
+
+    return Run(
+        f"decode {requests} at {work.context}",
+        requests,
+        partial(decode_batch, network, requests, work.context, work.kv_cache_dtype),
+        lambda machine: step_seconds(network.config, work, machine, requests, 1),
+        lambda peer: peer.decode(requests, work.context),
+    )
 
 
 def _timed(run: Run, network: Gemma4, format: str, repeats: int, meter: Meter, peers: list[Peer]) -> Timing:

@@ -33,6 +33,8 @@ def quantization(value: str, notices: list[str]) -> str:
 def speculation(drafter: str | None, guesses: int | None, config: str | None) -> tuple[str | None, int | None]:
     """The drafter and the most guesses, as our flags or vLLM's JSON say."""
     if config is None:
+        if guesses is not None and drafter is None:
+            raise InputError("--num-speculative-tokens needs somebody who guesses; name one with --drafter.")
         return drafter, guesses
     flag, told = "--speculative-config", _json(config, "--speculative-config")
     if drafter is not None or guesses is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,18 +64,20 @@ def load(
     config = found.config
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
+    # Before the model takes its minutes: a wrong drafter is told at once.
+    pair = open_drafter(drafter, config, found.folder) if drafter is not None else None
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
-    guesser = _drafter(*open_drafter(drafter, found.folder), network, there) if drafter is not None else None
+    guesser = _drafter(pair, network, there) if pair is not None else None
     recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
     if recipe is None:
         return Loaded(name, network, tokenizer, template, found.generation, drafter=guesser)
     return Loaded(str(model), network, tokenizer, template, _settled(found.generation, recipe), recipe, guesser)
 
 
-def open_drafter(drafter: str | Path, folder: Path | None) -> tuple[Checkpoint, str]:
-    """The drafter of that name, or for `auto` the one beside the model in `folder`, and the name to show for it."""
+def open_drafter(drafter: str | Path, model: ModelConfig, folder: Path | None) -> Checkpoint:
+    """The drafter of that name, made for `model`; for `auto` the one beside the model in `folder`."""
     if drafter == "auto":
         if folder is None or not (folder / "drafter").is_dir():
             raise InputError(
@@ -84,13 +87,7 @@ def open_drafter(drafter: str | Path, folder: Path | None) -> tuple[Checkpoint, 
     found, name = _open(drafter)
     if found.config.drafter is None:
         raise InputError(f"{name} is no drafter; the published ones end in -assistant.")
-    return found, name
-
-
-def _drafter(found: Checkpoint, name: str, network: Gemma4, device: torch.device) -> Drafter:
-    """An opened drafter in the type of its model, for which it must have been made."""
-    assert found.config.drafter is not None
-    mine, its, text = found.config.text, found.config.drafter, network.config.text
+    mine, its, text = found.config.text, found.config.drafter, model.text
     shapes = {(spec.kind, spec.kv_heads, spec.head_dim, spec.k_eq_v) for spec in text.layers if spec.owns_kv}
     fits = {(spec.kind, spec.kv_heads, spec.head_dim, spec.k_eq_v) for spec in mine.layers} <= shapes
     if not fits or its.backbone_hidden_size != text.hidden_size or mine.vocab_size != text.vocab_size:
@@ -98,6 +95,11 @@ def _drafter(found: Checkpoint, name: str, network: Gemma4, device: torch.device
             f"{name} was made for another model: it expects a width of {its.backbone_hidden_size} and "
             f"{mine.vocab_size} tokens, this model has {text.hidden_size} and {text.vocab_size}; take its own drafter."
         )
+    return found
+
+
+def _drafter(found: Checkpoint, network: Gemma4, device: torch.device) -> Drafter:
+    """An opened drafter in memory, in the type of its model."""
     with torch.device("meta"):
         made = Drafter(found.config)
     fill(made, found.source, found.config, dtype=network.language_model.norm.weight.dtype, device=device)
@@ -109,7 +111,8 @@ def _settled(said: GenerationConfig, recipe: Recipe) -> GenerationConfig:
     ours = {"repeat_penalty": "repetition_penalty"}
     known = {field.name for field in fields(GenerationConfig)}
     wanted = {ours.get(name, name): value for name, value in recipe.parameters.items()}
-    return replace(said, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    return replace(said, **settings)
 
 
 def _open(model: str | Path | None) -> tuple[Checkpoint, str]:

@@ -50,7 +50,7 @@ def prepare(
         config,
         _device(device, wishes.get("gpu_memory_utilization")),
         name=name,
-        drafter=open_drafter(drafter, folder)[0].config if drafter is not None else None,
+        drafter=open_drafter(drafter, config, folder).config if drafter is not None else None,
         dtype=None if dtype == "auto" else dtype,
         formats=(stored,) if (stored := own_format(config)) else formats[quantization],
         kept=kept,

@@ -51,7 +51,6 @@ struct SumsOf<PAIRS_OF_INTS> {
     typedef I16 Type;
 };
 
-// out[r][..] (+)= left[r][..] . right, over `columns` lanes (a multiple of 16).
 // The same of integers: exact while sums stay below 2^31.
 INLINE I16 step(I16 acc, uint32_t left, U16 right) {
 #if CABOCHON_AVX512
