@@ -81,6 +81,12 @@ def write_card(folder: Path, card: list[Line], books: list[dict[str, Any]]) -> N
         )
 
 
+def note(**facts: str) -> None:
+    """Keep what another script measured, for the bundled checkpoint's card."""
+    notes = BUNDLED / "training.json"
+    notes.write_text(json.dumps({**json.loads(notes.read_text()), **facts}, indent=2, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=BUNDLED)

@@ -1,4 +1,4 @@
-"""How far two trainings lie apart: `python scripts/pebble/spread.py FOLDER OTHER` scores both on the text tasks.
+"""How far two trainings lie apart: `python scripts/pebble/spread.py FOLDER OTHER` scores both on the card's tasks.
 
 The table goes to standard output and, as `spread`, into the notes from which the bundled checkpoint's card is written.
 """
@@ -6,20 +6,18 @@ The table goes to standard output and, as `spread`, into the notes from which th
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from cabochon.evaluate import BUNDLED_TASKS, Line, evaluate, read_tasks
-from cabochon.hub import BUNDLED
-from cabochon.llm import AsyncLLM
+from score import note
 
-NOTES = BUNDLED / "training.json"
+from cabochon.evaluate import Line, bundled, evaluate
+from cabochon.llm import AsyncLLM
 
 
 def card(folder: Path) -> list[Line]:
     llm = AsyncLLM(folder)
     try:
-        return evaluate(llm, read_tasks(BUNDLED_TASKS), withhold=False)
+        return evaluate(llm, bundled(), withhold=False)
     finally:
         llm.close()
 
@@ -46,7 +44,7 @@ def main() -> None:
     one, other = options.folders
     text = table(tuple(options.names), (card(one), card(other)))
     print(text)
-    NOTES.write_text(json.dumps({**json.loads(NOTES.read_text()), "spread": text}, indent=2, ensure_ascii=False) + "\n")
+    note(spread=text)
 
 
 if __name__ == "__main__":
