@@ -186,7 +186,7 @@ class Clairvoyant(Speculator):
     """Knows the replies, and lies in every so manyth guess."""
 
     def __init__(self, engine, most, lies, replies):
-        super().__init__(None, engine.runner.model.language_model, engine.cache, most, engine.stats, perf_counter)
+        super().__init__(None, most, engine.stats, perf_counter)
         self.lies, self.replies, self.told = lies, replies, 0
 
     def guess(self, tracks, hidden):

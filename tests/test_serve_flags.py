@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import re
 import shlex
 import socket
@@ -21,6 +22,7 @@ from cabochon.chat.messages import Message, Text
 from cabochon.cli.serve import build
 from cabochon.cli.serve_flags import ServeSettings, read_settings
 from cabochon.config import read_config
+from cabochon.engine.guessers import Lookup
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.llm import AsyncLLM
@@ -95,12 +97,16 @@ REFUSED = {
     ),
     "short form": ("google/gemma-4-31B-it -tp 4", "splitting a model over several devices"),
     "guesses by other means": (
-        'google/gemma-4-E2B-it --speculative-config \'{"method":"ngram","num_speculative_tokens":2}\'',
-        "asks for the method 'ngram', but guesses come from the model's own drafter: mtp.",
+        'google/gemma-4-E2B-it --speculative-config \'{"method":"eagle3","num_speculative_tokens":2}\'',
+        "asks for the method 'eagle3'; known are mtp .the model's own drafter. and ngram",
     ),
     "guesses of an unknown kind": (
         "google/gemma-4-E2B-it --speculative-config '{\"prompt_lookup_max\":2}'",
-        "--speculative-config holds 'prompt_lookup_max'; known are method, model and num_speculative_tokens.",
+        "--speculative-config holds 'prompt_lookup_max'; known are method, num_speculative_tokens, model ",
+    ),
+    "guesses from tails of no length": (
+        'google/gemma-4-E2B-it --speculative-config \'{"method":"ngram","prompt_lookup_max":"4"}\'',
+        "prompt_lookup_min and prompt_lookup_max must be numbers of tokens",
     ),
     "guesses by nobody": ("google/gemma-4-E2B-it --num-speculative-tokens 2", "name one with --drafter"),
     "guesses, said twice": (
@@ -288,6 +294,25 @@ def test_the_drafter_guesses() -> None:
             llm.close()
     told = read("m --speculative-config " + shlex.quote('{"method": "mtp", "num_speculative_tokens": 3}'))
     assert (told.drafter, told.engine["num_speculative_tokens"]) == ("auto", 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "drafter", "lookup"),
+    [
+        ({}, "ngram", Lookup()),
+        ({"prompt_lookup_max": 4}, "ngram:4-4", Lookup(4, 4)),
+        ({"prompt_lookup_min": 2, "prompt_lookup_max": 7}, "ngram:2-7", Lookup(7, 2)),
+    ],
+)
+def test_the_conversation_guesses(told: dict[str, int], drafter: str, lookup: Lookup) -> None:
+    line = "--speculative-config " + shlex.quote(json.dumps({"method": "ngram", "num_speculative_tokens": 6, **told}))
+    assert read(f"m {line}").drafter == drafter
+    llm, _ = built(line)
+    try:
+        speculator = llm.front.engine.speculator
+        assert speculator is not None and (speculator.guesser, speculator.most) == (lookup, 6)
+    finally:
+        llm.close()
 
 
 def test_flags_reach_the_engine() -> None:

@@ -6,14 +6,18 @@ import logging
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cabochon import LLM, SamplingParams
 from cabochon.chat.constraint import ReplyRules
 from cabochon.chat.grammar import Vocabulary
 from cabochon.config import read_config
 from cabochon.engine.engine import Engine
+from cabochon.engine.guessers import Drafting, Lookup
 from cabochon.engine.options import EngineOptions
 from cabochon.engine.request import Request
 from cabochon.engine.speculative import DOUBT, WIDEST, Line, Speculator
@@ -33,6 +37,12 @@ QUESTIONS = ["What is 347 + 285?", "Sort: 5, 2, 9", "Capital of France?", "What 
 
 def drafter(size: str, dtype: torch.dtype) -> Drafter:
     return calm_(Drafter(read_config(with_dtype(toy_drafter_json(size), dtype))).to(dtype)).eval()
+
+
+def guesser_of(llm: LLM) -> Drafting:
+    speculator = llm.front.engine.speculator
+    assert speculator is not None and isinstance(speculator.guesser, Drafting)
+    return speculator.guesser
 
 
 @pytest.fixture
@@ -128,9 +138,8 @@ def test_the_next_turn_goes_on_from_a_guessed_end(eager):
 
 def test_a_drafter_that_fails_is_done_without(alone, eager, monkeypatch, caplog):
     llm, calls = LLM(drafter="auto"), []
-    speculator = llm.front.engine.speculator
-    assert speculator is not None
-    burst = speculator.drafter.burst
+    guesser = guesser_of(llm)
+    burst = guesser.drafter.burst
 
     def breaks(*arguments: Any) -> torch.Tensor:
         calls.append(arguments)
@@ -138,21 +147,69 @@ def test_a_drafter_that_fails_is_done_without(alone, eager, monkeypatch, caplog)
             raise RuntimeError("out of memory")
         return burst(*arguments)
 
-    monkeypatch.setattr(speculator.drafter, "burst", breaks)
+    monkeypatch.setattr(guesser.drafter, "burst", breaks)
     assert replies(llm) == alone[0]
     assert len(calls) == 5 and "replies go on without guesses" in caplog.text
 
 
 def test_a_drafter_from_a_gguf_file(tmp_path, eager):
     """It has lost its clusters and so looks at every token; what it guesses is for the model to judge."""
-    whole = LLM(drafter="auto").front.engine.speculator
-    assert whole is not None
+    whole = guesser_of(LLM(drafter="auto"))
     save_gguf(tmp_path / "d.gguf", whole.drafter.config, whole.drafter.state_dict().__getitem__, "bf16")
     llm = LLM(drafter=tmp_path / "d.gguf")
     params = SamplingParams(temperature=0, max_tokens=40)
     ask = [{"role": "user", "content": QUESTIONS[0]}]
     assert llm.chat(ask, thinking=True, params=params) == LLM().chat(ask, thinking=True, params=params)
     assert llm.front.engine.stats.accepted > 10
+
+
+# From the conversation ------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+def test_lookup_finds_the_longest_repetition(ids, count, shortest, more):
+    lookup = Lookup(shortest + more, shortest)
+    expected: list[int] = []
+    for tail in range(lookup.longest, shortest - 1, -1):
+        ends = [end for end in range(tail, len(ids)) if ids[end - tail : end] == ids[-tail:]]
+        if ends and tail < len(ids):
+            after = ids[ends[-1] :]
+            expected = (after * count)[:count]
+            break
+    assert lookup.continuation(np.array(ids), count) == expected
+
+
+def test_lookup_changes_nothing(alone, eager):
+    llm = LLM(drafter="ngram:1-4")
+    assert replies(llm) == alone[0]
+    stats = llm.front.engine.stats
+    assert stats.accepted > 20 and stats.drafted > stats.accepted
+    llm.front.engine.check()
+
+
+def test_what_repeats_itself_takes_fewer_steps(eager):
+    """A reply that says one word over and over: four of five tokens come from guesses."""
+    steps = {}
+    for lookup in (None, Lookup()):
+        engine = Engine(toy_model("E2B"), EngineOptions(num_blocks=(60, 60)), max_model_len=256, drafter=lookup)
+        engine.add(Request("x", random_ids(9, 1), greedy(100, ignore_eos=True, logit_bias={77: 100.0})))
+        ids = []
+        while engine.busy:
+            ids += [token for output in engine.step() for token in output.token_ids]
+        assert ids == [77] * 100
+        steps[lookup] = engine.stats.steps
+    assert steps == {None: 100, Lookup(): 4 + 20}  # the first tail of three tokens ends before the fourth
+
+
+@pytest.mark.parametrize("name", ["ngram:0", "ngram:5-3", "ngram:0-2"])
+def test_lengths_that_are_none(name):
+    with pytest.raises(InputError, match="give two numbers from 1 up"):
+        Lookup.named(name)
 
 
 # How many -------------------------------------------------------------------------------------------------------------
@@ -206,7 +263,7 @@ def test_a_drafter_that_is_never_right_is_told_of(eager, caplog):
         while engine.busy:
             engine.step()
     assert engine.stats.drafted > DOUBT and engine.stats.accepted == 0
-    assert len([record for record in caplog.records if "is it this model's" in record.message]) == 1
+    assert len([record for record in caplog.records if "is the drafter this model's" in record.message]) == 1
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

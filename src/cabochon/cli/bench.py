@@ -34,7 +34,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Batched = Annotated[int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens per step.")]
 Seqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Replies at once.")]
-Drafter = Annotated[str | None, typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.")]
+Drafter = Annotated[str | None, typer.Option(help="Guess tokens ahead with this checkpoint; auto, ngram.")]
 Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp8 or int8.")]
 

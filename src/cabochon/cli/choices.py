@@ -28,7 +28,10 @@ class Choices:
     quantization: Annotated[str | None, typer.Option(help="int8 or int4: round matrices while loading.")] = None
     drafter: Annotated[
         str | None,
-        typer.Option(help="Guess tokens ahead with this checkpoint; auto: the model's own.", metavar="MODEL"),
+        typer.Option(
+            help="Guess tokens ahead with this checkpoint; auto: the model's own; ngram: from repetitions.",
+            metavar="MODEL",
+        ),
     ] = None
     max_model_len: Annotated[
         str | None, typer.Option(help="Context in tokens, such as 32k; less needs less memory.", metavar="TOKENS")

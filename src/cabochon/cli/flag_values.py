@@ -39,15 +39,31 @@ def speculation(drafter: str | None, guesses: int | None, config: str | None) ->
     flag, told = "--speculative-config", _json(config, "--speculative-config")
     if drafter is not None or guesses is not None:
         raise InputError(f"{flag} says what --drafter and --num-speculative-tokens say; give one or the other.")
-    method = told.pop("method", "mtp")
-    if method not in ("mtp", "draft_model"):
-        raise InputError(f"{flag} asks for the method {method!r}, but guesses come from the model's own drafter: mtp.")
-    drafter, guesses = told.pop("model", "auto"), told.pop("num_speculative_tokens", None)
+    method, drafter = told.pop("method", "mtp"), "auto"
+    if method == "ngram":
+        drafter = _ngram(flag, told)
+    elif method in ("mtp", "draft_model"):
+        drafter = told.pop("model", drafter)
+    else:
+        raise InputError(f"{flag} asks for the method {method!r}; known are mtp (the model's own drafter) and ngram.")
+    guesses = told.pop("num_speculative_tokens", None)
     if told:
-        raise InputError(f"{flag} holds {next(iter(told))!r}; known are method, model and num_speculative_tokens.")
+        raise InputError(
+            f"{flag} holds {next(iter(told))!r}; known are method, num_speculative_tokens, model (of mtp), "
+            "prompt_lookup_max and prompt_lookup_min (of ngram)."
+        )
     if not isinstance(drafter, str) or not isinstance(guesses, int | None):
         raise InputError(f"{flag}: model must be a name and num_speculative_tokens a number.")
     return drafter, guesses
+
+
+def _ngram(flag: str, told: dict[str, Any]) -> str:
+    """Prompt lookup by our name; where vLLM's JSON gives one length, it means that one alone."""
+    lengths = [told.pop(name, None) for name in ("prompt_lookup_min", "prompt_lookup_max")]
+    least, most = lengths[0] or lengths[1], lengths[1] or lengths[0]
+    if not all(isinstance(length, int | None) for length in lengths):
+        raise InputError(f"{flag}: prompt_lookup_min and prompt_lookup_max must be numbers of tokens.")
+    return "ngram" if most is None else f"ngram:{least}-{most}"
 
 
 def length(text: str | None) -> int | None:

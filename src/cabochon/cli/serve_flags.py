@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
     add("--quantization", default="auto", metavar="FORMAT", help="int8 or int4; none; auto: coarser only if it must be")
-    add("--drafter", metavar="MODEL", help="guess tokens ahead with this checkpoint; auto: the model's own")
+    add(
+        "--drafter",
+        metavar="MODEL",
+        help="guess tokens ahead with this checkpoint; auto: the model's own; ngram: from repetitions",
+    )
     add("--num-speculative-tokens", type=int, metavar="N", help="most guesses per reply and step (4)")
     add("--speculative-config", metavar="JSON", help="both, as vLLM spells them")
     add("--max-model-len", metavar="TOKENS", help="context; 32k and the like are understood")

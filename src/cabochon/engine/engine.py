@@ -18,6 +18,7 @@ from ..model.gemma4 import Gemma4
 from . import sampler
 from .batching import build, spans_of
 from .encoder import Encoder, Features
+from .guessers import Drafting, Lookup
 from .options import EngineOptions, context_that_fits, plan_cache
 from .reply import extend
 from .request import EngineFinish, Request, StepOutput, TokenLogprob
@@ -69,7 +70,7 @@ class Engine:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         suppress: tuple[int, ...] = (),
-        drafter: Drafter | None = None,
+        drafter: Drafter | Lookup | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         options = options or EngineOptions()
@@ -107,8 +108,9 @@ class Engine:
         )
         self.speculator: Speculator | None = None
         if drafter is not None:
-            most = options.num_speculative_tokens
-            self.speculator = Speculator(drafter, model.language_model, self.cache, most, self.stats, clock)
+            text_network, most = model.language_model, options.num_speculative_tokens
+            guesser = drafter if isinstance(drafter, Lookup) else Drafting(drafter, text_network, self.cache)
+            self.speculator = Speculator(guesser, most, self.stats, clock)
         self._suppress = torch.tensor(suppress, device=device) if suppress else None
         self._tracks: dict[str, list[Track]] = {}
         self._arrivals = 0
@@ -268,7 +270,7 @@ class Engine:
                 self._advance(track, min(turn.before + track.matched, track.length - 1))
 
     def _guess(self, turns: list[Turn], hidden: Tensor) -> None:
-        """Have the drafter guess for the replies that go on with one token to compute."""
+        """Have guesses made for the replies that go on with one token to compute."""
         assert self.speculator is not None
         for turn in turns:
             self.speculator.learn(turn.track, turn.offered)
@@ -279,7 +281,7 @@ class Engine:
             try:
                 self.speculator.guess([turn.track for turn in ready], hidden[rows])
             except Exception:  # no reply needs it
-                log.exception("the drafter failed; replies go on without guesses")
+                log.exception("guessing failed; replies go on without guesses")
                 self.speculator = None
 
     def _told(self, turns: list[Turn]) -> list[StepOutput]:

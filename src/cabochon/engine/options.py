@@ -39,7 +39,7 @@ class EngineOptions:
     encoder_cache_tokens: int = ENCODER_CACHE_TOKENS
     """Soft tokens of images, frames and sounds whose features are kept for later steps and requests."""
     num_speculative_tokens: int = 4
-    """Most guesses per reply and step, if the engine has a drafter."""
+    """Most guesses per reply and step, if somebody guesses."""
     skip_unwanted: bool = True
     """Tokens whose logits nobody wants skip the KV-shared layers."""
     cuda_graphs: bool = False

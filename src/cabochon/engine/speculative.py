@@ -1,8 +1,8 @@
-"""Speculative decoding: a drafter guesses what comes next, and the next step computes the guesses along.
+"""Speculative decoding: somebody guesses what comes next, and the next step computes the guesses along.
 
 A guess decides only whether a token's logits are there already. Tokens are drawn from the target's own logits, in
 order, each with the random number of its place in the reply; the first that is not what was guessed ends the run. So
-replies, sampled ones too, are those that the engine gives without a drafter.
+replies, sampled ones too, are those that the engine gives without guesses.
 
 How many guesses a step gets is settled by time: what a step costs with so many rows and what a guess costs (both timed
 as they run), against the share of guesses that came true.
@@ -17,11 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Kind
-from ..kv.cache import KVCache
-from ..model.drafter import Drafter, Stored
-from ..model.text import Text
-from . import batching
+from .guessers import Guesser
 from .stats import Stats
 from .track import Track
 
@@ -59,21 +55,13 @@ class Line:
 
 
 class Speculator:
-    """Guesses for the replies of one engine; `most` per reply and step."""
+    """Has `guesser` guess for the replies of one engine; at most `most` tokens per reply and step."""
 
-    def __init__(
-        self, drafter: Drafter, target: Text, cache: KVCache, most: int, stats: Stats, clock: Callable[[], float]
-    ) -> None:
-        self.drafter, self.target, self.cache, self.most = drafter, target, cache, most
-        self.stats, self.clock = stats, clock
+    def __init__(self, guesser: Guesser, most: int, stats: Stats, clock: Callable[[], float]) -> None:
+        self.guesser, self.most, self.stats, self.clock = guesser, most, stats, clock
         self.steps = Line()
         self._guess_seconds = 0.0
         self._rounds = 0
-        owners = {spec.kind: spec for spec in target.config.layers if spec.owns_kv}  # the last of each kind
-        self._pages = {kind: cache.store.by_layer[spec.index] for kind, spec in owners.items()}
-        self._k_weight = {
-            kind: target.layers[spec.index].self_attn.k_norm.weight for kind, spec in owners.items() if spec.k_eq_v
-        }
 
     def learn(self, track: Track, offered: int) -> None:
         """Note how the guesses of a step fared, of which `offered` were computed."""
@@ -84,7 +72,7 @@ class Speculator:
         stats = self.stats
         stats.accepted += track.matched
         if stats.accepted == 0 and stats.drafted < DOUBT <= stats.drafted + offered:
-            log.warning("none of the drafter's first %d guesses came true: is it this model's?", DOUBT)
+            log.warning("none of the first %d guesses came true: is the drafter this model's?", DOUBT)
         stats.drafted += offered
 
     def count(self, tracks: list[Track]) -> int:
@@ -109,15 +97,8 @@ class Speculator:
         if count < 1:
             return
         begin = self.clock()
-        newest = torch.tensor([int(track.ids[-1]) for track in tracks], device=hidden.device)
-        guesses = self.drafter.burst(self.target, newest, hidden, self._stored(tracks, hidden), count).tolist()
+        guesses = self.guesser(tracks, hidden, count)
         for track, tokens, most in zip(tracks, guesses, left, strict=True):
             track.guess(tokens[: max(0, most)])
         seconds = (self.clock() - begin) / count
         self._guess_seconds += (1 - FAST if self._guess_seconds else 1.0) * (seconds - self._guess_seconds)
-
-    def _stored(self, tracks: list[Track], hidden: Tensor) -> Stored:
-        rows, start, context, past = batching.last_rows(tracks, self.cache, hidden.device)
-        shapes: dict[Kind, tuple[int, ...]] = {kind: pages.shape for kind, pages in self._pages.items()}
-        step = {kind: hidden.new_empty(0, *shape[2:]) for kind, shape in shapes.items()}
-        return Stored(rows, start, context, step, self._pages, past, self._k_weight)

@@ -50,7 +50,7 @@ class Stats:
     sampler_seconds: float = 0.0
     draft_seconds: float = 0.0
     drafted: int = 0
-    """Guesses of a drafter that were put to the test."""
+    """Guesses that were put to the test."""
     accepted: int = 0
     """Those that came true: so many tokens needed no step of their own."""
 

@@ -62,7 +62,7 @@ class Track:
         """Positions still ahead at which the window is to be kept."""
         self.cached = 0
         self.guesses = 0
-        """Tokens after the last one that a drafter expects; the next step computes them along with it."""
+        """Tokens after the last one that somebody expects; the next step computes them along with it."""
         self.matched = 0
         """How many guesses have come true since they were made."""
         self.hits, self.tries = 1.4, 2.0

@@ -28,7 +28,8 @@ class Face(ABC):
         quantization: int8 or int4 rounds the matrices while they are loaded, None leaves them as they are stored;
             `auto` takes the finest that fits into the memory which is free, with the context and seats that then fit.
         drafter: a checkpoint that guesses next tokens, which the model then need not find one by one: the assistant
-            that was published with the model, or `auto` for the one in its folder. Replies stay the same.
+            that was published with the model, or `auto` for the one in its folder; or `ngram`, which needs none and
+            guesses that a text which repeats itself goes on as before. Replies stay the same.
         engine_options: see `Front` and `engine.options.EngineOptions`.
     """
 

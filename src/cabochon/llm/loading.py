@@ -12,6 +12,7 @@ from ..chat.jinja import template_for, template_from
 from ..chat.template import ChatTemplate, Family
 from ..chat.tokenizer import Tokenizer
 from ..config import GenerationConfig, ModelConfig
+from ..engine.guessers import Lookup
 from ..errors import CheckpointError, InputError
 from ..formats import QUANTIZED
 from ..hub import BUNDLED, locate
@@ -36,7 +37,7 @@ class Loaded:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     recipe: Recipe | None = None
     """What `cabochon create` put on top of the checkpoint."""
-    drafter: Drafter | None = None
+    drafter: Drafter | Lookup | None = None
     """Guesses the model's next tokens."""
 
     @property
@@ -55,7 +56,8 @@ def load(
     """The checkpoint `model`: a folder, a .gguf file, a cached repository or name, `random:...`; None: bundled.
 
     `quantization` (int8 or int4) rounds matrices while they stream in; what is stored in such a format stays in it.
-    `drafter` is a checkpoint too: the model's assistant, or `auto` for the one that lies in its folder `drafter`.
+    `drafter` is a checkpoint too: the model's assistant, or `auto` for the one that lies in its folder `drafter`; or
+    nobody but the conversation, `ngram` (see `engine.guessers.Lookup`).
     """
     if quantization is not None and quantization not in QUANTIZED:
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZED)}.")
@@ -65,19 +67,23 @@ def load(
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
     # Before the model takes its minutes: a wrong drafter is told at once.
-    pair = open_drafter(drafter, config, found.folder) if drafter is not None else None
+    pair = open_drafter(drafter, config, found.folder)
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
-    guesser = _drafter(pair, network, there) if pair is not None else None
+    guesser = _drafter(pair, network, there) if isinstance(pair, Checkpoint) else pair
     recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
     if recipe is None:
         return Loaded(name, network, tokenizer, template, found.generation, drafter=guesser)
     return Loaded(str(model), network, tokenizer, template, _settled(found.generation, recipe), recipe, guesser)
 
 
-def open_drafter(drafter: str | Path, model: ModelConfig, folder: Path | None) -> Checkpoint:
+def open_drafter(drafter: str | Path | None, model: ModelConfig, folder: Path | None) -> Checkpoint | Lookup | None:
     """The drafter of that name, made for `model`; for `auto` the one beside the model in `folder`."""
+    if drafter is None:
+        return None
+    if lookup := Lookup.named(str(drafter)):
+        return lookup
     if drafter == "auto":
         if folder is None or not (folder / "drafter").is_dir():
             raise InputError(

@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..formats import QUANTIZED
 from ..sizing import Hardware, Start, hardware, start
-from ..weights.checkpoint import open_checkpoint
+from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.params import own_format
 from ..weights.random import is_random, open_random
 from .loading import open_drafter, pick_device, pick_dtype
@@ -46,11 +46,12 @@ def prepare(
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
     wishes = engine or {}
+    pair = open_drafter(drafter, config, folder)
     return start(
         config,
         _device(device, wishes.get("gpu_memory_utilization")),
         name=name,
-        drafter=open_drafter(drafter, config, folder).config if drafter is not None else None,
+        drafter=pair.config if isinstance(pair, Checkpoint) else None,
         dtype=None if dtype == "auto" else dtype,
         formats=(stored,) if (stored := own_format(config)) else formats[quantization],
         kept=kept,
