@@ -16,8 +16,9 @@ from transformers.models.gemma4_unified_assistant import (
 )
 
 from cabochon.config import read_config
+from cabochon.model import fused
 from cabochon.model.drafter import Drafter, Stored
-from cabochon.ops import Past, Rows
+from cabochon.ops import Past, Rows, cpu
 from support.reference import oracle
 from support.toys import SIZES, WINDOW, calm_, random_ids, toy_drafter_json, toy_model, with_dtype
 
@@ -31,11 +32,11 @@ def drafter(size: str) -> Drafter:
     return calm_(model).eval()
 
 
-def stored_rows(size: str, ids: list[int]) -> tuple[Stored, torch.Tensor]:
+def stored_rows(size: str, ids: list[int], dtype: torch.dtype = torch.float64) -> tuple[Stored, torch.Tensor]:
     """What the target stores of `ids`, and its hidden state of the last."""
     from cabochon.model.batch import whole_sequences
 
-    model = toy_model(size, dtype=torch.float64)
+    model = toy_model(size, dtype=dtype)
     text, rows = model.language_model, {}
     with torch.no_grad():
         hidden = text.hidden(whole_sequences([torch.tensor(ids)]), rows)[-1:]
@@ -125,6 +126,28 @@ def test_pages_are_seen_like_rows(size):
         assert torch.equal(model.burst(target, newest, hidden, whole, 4), model.burst(target, newest, hidden, mixed, 4))
         embedded = target.embed_tokens(newest, 1.0)
         torch.testing.assert_close(model(embedded, hidden, whole)[1], model(embedded, hidden, mixed)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_burst_in_one_call_per_layer_equals_the_ops(size, dtype, monkeypatch):
+    """Bit for bit; layers whose value is the key go op by op in any case."""
+    target = toy_model(size, dtype=dtype).language_model
+    model = calm_(Drafter(read_config(with_dtype(toy_drafter_json(size), dtype))).to(dtype)).eval()
+    stored, hidden = stored_rows(size, random_ids(3 * WINDOW, 5), dtype)
+    calls, run = [], fused.FusedLayer.run
+    monkeypatch.setattr(fused.FusedLayer, "run", lambda *a: calls.append(run(*a)) or calls[-1])
+    newest = torch.tensor([7])
+    with torch.inference_mode():
+        embedded = target.embed_tokens(newest, 1.0)
+        whole, guesses = model(embedded, hidden, stored), model.burst(target, newest, hidden, stored, STEPS)
+        told = sum(y is not None for y in calls)
+        monkeypatch.setattr(fused, "fused", lambda layer, x: None)
+        single = model(embedded, hidden, stored)
+        assert torch.equal(guesses, model.burst(target, newest, hidden, stored, STEPS))
+    assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+    expected = sum(not layer.spec.k_eq_v for layer in model.layers) * (1 + STEPS) if cpu.supported() else 0
+    assert told == expected and len(calls) == len(model.layers) * (1 + STEPS) * bool(cpu.supported())
 
 
 def test_far_clusters_get_one_less_than_the_least_candidate():

@@ -8,7 +8,6 @@ import torch
 from cabochon import LLM, SamplingParams
 from cabochon.llm.loading import Loaded
 from cabochon.model import fused as module
-from cabochon.model import text
 from cabochon.model.batch import whole_sequences
 from cabochon.ops import cpu
 from cabochon.ops.packing import quantize
@@ -35,7 +34,7 @@ def both(model, batch, monkeypatch):
     with torch.inference_mode():
         whole = model(batch)
         assert len(calls) == len(model.config.text.layers) and all(y is not None for y in calls)
-        monkeypatch.setattr(text, "fused", lambda layer, x: None)
+        monkeypatch.setattr(module, "fused", lambda layer, x: None)
         single = model(batch)
     monkeypatch.undo()
     return whole, single
@@ -65,7 +64,7 @@ def test_replies_are_those_of_the_ops(cache, monkeypatch):
         return [reply.token_ids for reply in llm.generate(prompts, greedy)]
 
     whole = replies()
-    monkeypatch.setattr(text, "fused", lambda layer, x: None)
+    monkeypatch.setattr(module, "fused", lambda layer, x: None)
     assert whole == replies()
 
 

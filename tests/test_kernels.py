@@ -1,11 +1,13 @@
 """The CPU kernels against their slow twins, for every instruction set that this CPU has, odd sizes included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cabochon import ops
 from cabochon.ops import cpu, reference
-from cabochon.ops.views import Past, Rows, ScaledPages
+from cabochon.ops.views import Past, Rows, ScaledPages, View
 from cabochon.quant import QuantTensor, dequantize, pack, quantize, round_activations
 
 pytestmark = pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
@@ -95,6 +97,30 @@ def test_head(softcap, dtype, random):
     expected = reference.head(x.double(), weight.double(), softcap)
     assert logits.dtype == torch.float32
     assert_close(logits, expected, torch.float32)  # not rounded to bfloat16 on the way
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("width", "some"), [(64, 1), (70, 130), (2113, 7)])
+def test_head_at_some_rows(width, some, dtype, random):
+    """The bits of the whole head, wherever the rows lie and whatever stands beside them."""
+    weight = weight_of((300, width), "dense", dtype, random)
+    x = torch.randn(3, 2 * width, generator=random).to(dtype)[:, width:]
+    ids = torch.randint(300, (3, some), generator=random)
+    got = cpu.head_at(x, weight, ids)
+    assert torch.equal(got, cpu.head(x, weight, None).gather(1, ids))
+    assert_close(got, reference.head_at(x.double(), weight.double(), ids), torch.float32)
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.head_at(x[1:], weight, ids[1:]), got[1:])
+    with pytest.raises(IndexError):
+        cpu.head_at(x, weight, ids + 300)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_head_at_rows_of_a_quantized_table(format, random):
+    weight = weight_of((300, 64), format, torch.float32, random)
+    x, ids = torch.randn(3, 64, generator=random), torch.randint(300, (3, 20), generator=random)
+    expected = reference.head(x, weight, None).gather(1, ids)
+    assert_close(cpu.head_at(x, weight, ids), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -194,7 +220,7 @@ def attention_case(lengths, contexts, heads, kv_heads, head, width, window, dtyp
     step = torch.randn(len(position), kv_heads, width, generator=random).to(dtype)
     rows = Rows(None, starts, position, position.clone(), max(lengths))
     past = Past(table, torch.tensor(firsts).int(), torch.full((len(position),), -1), max(contexts))
-    return q, step, pages, rows, starts, torch.tensor(contexts).int(), past
+    return q, step, View(rows, starts, torch.tensor(contexts).int(), pages, past)
 
 
 CASES = {
@@ -213,8 +239,9 @@ def test_attend(case, dtype, random):
     inputs = attention_case(lengths, contexts, heads, kv_heads, head, width, window, dtype, random)
     offsets = {"key_offset": width - head, "value_offset": 0, "window": window}
     got = cpu.attend(*inputs, **offsets)
-    q, step, pages, *rest = inputs
-    expected = reference.attend(q.double(), step.double(), pages.double(), *rest, **offsets)
+    q, step, view = inputs
+    wide = replace(view, pages=view.pages.double())
+    expected = reference.attend(q.double(), step.double(), wide, **offsets)
     # A score is a chain of `head` additions in float32, its error goes into the weight as it is, and over some hundred
     # keys nothing of the output is large beside it.
     assert_close(got, expected, dtype, max(1.0, head / 256))
@@ -226,28 +253,25 @@ def test_attend(case, dtype, random):
 def test_attention_of_a_row_does_not_depend_on_the_cut_of_the_prompt(dtype, random):
     """A prompt of 400 tokens in one step, and as 300 stored plus 100 in the step: the same bits."""
     whole = attention_case([400], [0], 4, 1, 64, 128, None, dtype, random)
-    q, step, pages, _, _, _, _ = whole
+    q, step, _ = whole
     full = cpu.attend(*whole, key_offset=0, value_offset=64, window=None)
-    _, _, pages, rows, start, context, past = attention_case([100], [300], 4, 1, 64, 128, None, dtype, random)
-    past.slots = torch.tensor([int(past.table[0, i // 16]) * 16 + i % 16 for i in range(300)])
-    ops.store(pages, step[:300], past.slots)
-    part = cpu.attend(
-        q[300:], step[300:], pages, rows, start, context, past, key_offset=0, value_offset=64, window=None
-    )
+    _, _, view = attention_case([100], [300], 4, 1, 64, 128, None, dtype, random)
+    view.past.slots = torch.tensor([int(view.past.table[0, i // 16]) * 16 + i % 16 for i in range(300)])
+    ops.store(view.pages, step[:300], view.past.slots)
+    part = cpu.attend(q[300:], step[300:], view, key_offset=0, value_offset=64, window=None)
     assert torch.equal(part, full[300:])
 
 
 def test_attend_over_two_way_spans_and_chosen_rows(random):
-    q, step, pages, rows, start, context, past = attention_case(
-        [40, 30], [50, 0], 4, 2, 64, 128, 32, torch.float32, random
-    )
+    q, step, view = attention_case([40, 30], [50, 0], 4, 2, 64, 128, 32, torch.float32, random)
+    rows = view.rows
     rows.see_until = rows.position.clone()
     rows.see_until[10:20] = rows.position[19]
     index = torch.tensor([5, 12, 39, 40, 69])
-    few = Rows(index, torch.tensor([0, 3, 5]).int(), rows.position[index], rows.see_until[index], 3)
+    few = replace(view, rows=Rows(index, torch.tensor([0, 3, 5]).int(), rows.position[index], rows.see_until[index], 3))
     offsets = {"key_offset": 0, "value_offset": 64, "window": 32}
-    expected = reference.attend(q[index], step, pages, few, start, context, past, **offsets)
-    assert_close(cpu.attend(q[index], step, pages, few, start, context, past, **offsets), expected, torch.float32)
+    expected = reference.attend(q[index], step, few, **offsets)
+    assert_close(cpu.attend(q[index], step, few, **offsets), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -256,42 +280,40 @@ def test_attend_over_two_way_spans_and_chosen_rows(random):
     [(4, 2, 64, 128, None), (4, 2, 32, 40, 100), (6, 2, 12, 24, None), (8, 1, 256, 512, 500), (8, 1, 512, 1024, None)],
 )
 def test_attend_over_pages_in_8_bits(heads, kv_heads, head, width, window, dtype, random):
-    q, step, pages, rows, start, context, past = attention_case(
-        [3, 1, 1], [150, 37, 600], heads, kv_heads, head, width, window, dtype, random
-    )
-    shape = pages.shape
+    q, step, view = attention_case([3, 1, 1], [150, 37, 600], heads, kv_heads, head, width, window, dtype, random)
+    shape = view.pages.shape
     kept = ScaledPages(torch.zeros(shape, dtype=torch.int8), torch.zeros(*shape[:3], 2), head)
-    kept.write(pages.flatten(0, 1), torch.arange(shape[0] * shape[1]))
+    kept.write(view.pages.flatten(0, 1), torch.arange(shape[0] * shape[1]))
     offsets = {"key_offset": width - head, "value_offset": 0, "window": window}
     twin = kept.read(torch.arange(shape[0]), dtype)
-    expected = reference.attend(q.double(), step.double(), twin.double(), rows, start, context, past, **offsets)
-    got = cpu.attend(q, step, kept, rows, start, context, past, **offsets)
+    wide, view = replace(view, pages=twin.double()), replace(view, pages=kept)
+    expected = reference.attend(q.double(), step.double(), wide, **offsets)
+    got = cpu.attend(q, step, view, **offsets)
     assert_close(got, expected, dtype)
     torch.set_num_threads(3)
-    assert torch.equal(cpu.attend(q, step, kept, rows, start, context, past, **offsets), got)
-    one, ends = (
-        Rows(None, torch.tensor([0, 1]).int(), rows.position[4:], rows.see_until[4:], 1),
-        torch.tensor([0, 1]).int(),
-    )
+    assert torch.equal(cpu.attend(q, step, view, **offsets), got)
+    rows, past, ends = view.rows, view.past, torch.tensor([0, 1]).int()
+    one = Rows(None, ends, rows.position[4:], rows.see_until[4:], 1)
     table = Past(past.table[2:], past.first[2:], past.slots[4:], past.longest)
-    alone = cpu.attend(q[4:], step[4:], kept, one, ends, context[2:], table, **offsets)
+    alone = cpu.attend(q[4:], step[4:], View(one, ends, view.context[2:], kept, table), **offsets)
     assert torch.equal(alone, got[4:])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_what_is_not_a_number_stays_visible_over_pages_in_8_bits(dtype, random):
-    q, step, pages, rows, start, context, past = attention_case([1, 1], [150, 90], 4, 1, 64, 128, None, dtype, random)
-    kept = ScaledPages(torch.zeros(pages.shape, dtype=torch.int8), torch.ones(*pages.shape[:3], 2), 64)
+    q, step, view = attention_case([1, 1], [150, 90], 4, 1, 64, 128, None, dtype, random)
+    shape = view.pages.shape
+    view.pages = ScaledPages(torch.zeros(shape, dtype=torch.int8), torch.ones(*shape[:3], 2), 64)
     q[0, 2, 50] = torch.nan
-    got = cpu.attend(q, step, kept, rows, start, context, past, key_offset=0, value_offset=64, window=None)
+    got = cpu.attend(q, step, view, key_offset=0, value_offset=64, window=None)
     assert got[0, 2].isnan().all() and not got[0, [0, 1, 3]].isnan().any() and not got[1].isnan().any()
 
 
 def test_attend_without_past(random):
-    q, step, _, rows, start, context, _ = attention_case([33, 7], [0, 0], 4, 2, 64, 128, 16, torch.float32, random)
+    q, step, view = attention_case([33, 7], [0, 0], 4, 2, 64, 128, 16, torch.float32, random)
+    view = replace(view, pages=None, past=None)
     offsets = {"key_offset": 0, "value_offset": 64, "window": 16}
-    expected = reference.attend(q, step, None, rows, start, context, None, **offsets)
-    assert_close(cpu.attend(q, step, None, rows, start, context, None, **offsets), expected, torch.float32)
+    assert_close(cpu.attend(q, step, view, **offsets), reference.attend(q, step, view, **offsets), torch.float32)
 
 
 def test_gradients_take_the_reference(random):

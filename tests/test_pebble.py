@@ -27,7 +27,7 @@ from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm import LLM, AsyncLLM
-from cabochon.ops import reference
+from cabochon.ops import View, reference
 from cabochon.weights.params import parameters
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "pebble"
@@ -312,9 +312,8 @@ def test_sequences_attended_together_equal_one_by_one(window, heads):
     rows = torch.randn(123, heads, 64, dtype=torch.double, requires_grad=True)
 
     def attend(q, rows, batch):
-        return reference.attend(
-            q, rows, None, batch.rows, batch.start, batch.context, None, key_offset=0, value_offset=32, window=window
-        )
+        view = View(batch.rows, batch.start, batch.context)
+        return reference.attend(q, rows, view, key_offset=0, value_offset=32, window=window)
 
     together = attend(q, rows, batch)
     bounds = batch.start.tolist()

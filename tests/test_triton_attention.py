@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cabochon.ops import reference
-from cabochon.ops.views import Past, Rows, ScaledPages
+from cabochon.ops.views import Past, Rows, ScaledPages, View
 from support.triton_twins import DEVICE, TOLERANCE, distance, twin
 
 attend = twin("triton_attention").attend
@@ -74,9 +74,9 @@ def check(
     past = Past(table, first, torch.full((tokens,), -1), longest)
     kept = pages if codes is None else eight_bits(pages, codes, head)
     where = {"key_offset": key, "value_offset": value, "window": window}
-    context = torch.tensor(contexts, dtype=torch.int32)
-    wanted = reference.attend(q, step, kept, rows, start, context, past, **where)
-    got = attend(*(to_device(x) for x in (q, step, kept, rows, start, context, past)), **where)
+    view = View(rows, start, torch.tensor(contexts, dtype=torch.int32), kept, past)
+    wanted = reference.attend(q, step, view, **where)
+    got = attend(*(to_device(x) for x in (q, step, view)), **where)
     assert distance(got.cpu(), wanted) < TOLERANCE[dtype]
 
 
@@ -131,8 +131,9 @@ def test_training_has_no_past():
     position = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4], dtype=torch.int32)
     rows = Rows(None, start, position, position, 5)
     where = {"key_offset": 0, "value_offset": 16, "window": None}
-    wanted = reference.attend(q, step, None, rows, start, context, None, **where)
-    got = attend(*(to_device(x) for x in (q, step, None, rows, start, context, None)), **where)
+    view = View(rows, start, context)
+    wanted = reference.attend(q, step, view, **where)
+    got = attend(*(to_device(x) for x in (q, step, view)), **where)
     assert distance(got.cpu(), wanted) < 2e-6
 
 
@@ -151,7 +152,7 @@ def test_a_row_does_not_depend_on_the_batch_around_it():
         rows = Rows(None, start, position, position, 1)
         first = torch.zeros(count, dtype=torch.int32)
         past = Past(table[:count], first, torch.full((count,), -1), max(contexts))
-        args = (q[:count], step[:count], pages, rows, start, position, past)
+        args = (q[:count], step[:count], View(rows, start, position, pages, past))
         return attend(*(to_device(x) for x in args), **where)
 
     assert torch.equal(decode([600])[0], decode([600, 1100])[0])

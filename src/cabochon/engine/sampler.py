@@ -58,14 +58,13 @@ def draw(logits: Tensor, tracks: list[Track], suppress: Tensor | None = None) ->
 def _choose(logits: Tensor, tracks: list[Track]) -> tuple[list[int], list[float]]:
     """The rows' tokens and their largest logits; reading them is the step's only wait for the device."""
     sampled = [i for i, track in enumerate(tracks) if track.request.params.temperature]
-    if not sampled:
-        best, token = logits.max(-1)
-    elif len(sampled) == len(tracks):
+    if len(sampled) == len(tracks):
         token, best = _sample(logits, tracks)
     else:
-        best, token = logits.max(-1)
-        at = torch.tensor(sampled, device=logits.device)
-        token[at] = _sample(logits[at], [tracks[i] for i in sampled])[0]
+        best, token = (column[:, 0] for column in largest(logits, 1))
+        if sampled:
+            at = torch.tensor(sampled, device=logits.device)
+            token[at] = _sample(logits[at], [tracks[i] for i in sampled])[0]
     both = torch.stack([token.double(), best.double()]).tolist()
     return [int(t) for t in both[0]], both[1]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config import Kind
-from ..ops.views import Pages, Past, Rows
+from ..config import Kind, LayerSpec
+from ..ops.views import Pages, Past, Rows, View
 
 
 @dataclass(slots=True)
@@ -51,6 +51,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return self.token_ids.shape[0]
+
+    def view(self, spec: LayerSpec, skip: bool) -> View:
+        """What the layer `spec` sees; `skip`: it runs for the tail only."""
+        rows = self.tail if skip else self.rows
+        return View(rows, self.start, self.context, self.pages.get(spec.reads_kv_of), self.past.get(spec.kind))
 
 
 def whole_sequences(sequences: list[Tensor], device: torch.device | str = "cpu") -> Batch:

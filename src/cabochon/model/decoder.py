@@ -6,16 +6,24 @@ the pages of what came before; it writes neither.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import LayerSpec
+from ..config import Kind, LayerSpec
 from ..kv.layout import row_geometry
-from .batch import Batch
-from .layers import Linear, RMSNorm
+from ..ops.views import View
+from .layers import Linear, RMSNorm, rope_angles
 
 Angles = tuple[Tensor, Tensor]
+
+
+def angles_by_kind(layers: Iterable[LayerSpec], position: Tensor, dtype: torch.dtype) -> dict[Kind, Angles]:
+    """cos and sin at `position` [Q] for the layers of each kind, which all turn alike."""
+    first = {spec.kind: spec for spec in layers}
+    return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
 
 
 class Attention(nn.Module):
@@ -64,19 +72,13 @@ class Attention(nn.Module):
         _, w_rest = split_rotated(k_weight, spec.rope.rotated)
         return torch.cat([q_rest * w_rest, q_rot], -1)
 
-    def forward(
-        self, x: Tensor, step: Tensor, batch: Batch, skip: bool, angles: Angles, k_weight: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, step: Tensor, view: View, angles: Angles, k_weight: Tensor | None) -> Tensor:
         """`x` [Q, D] are the query rows, `step` [T, K, W] the rows of all tokens of the step -> [Q, D]."""
         spec = self.spec
         out = ops.attend(
             self.queries(x, angles, k_weight),
             step,
-            batch.pages.get(spec.reads_kv_of),
-            batch.tail if skip else batch.rows,
-            batch.start,
-            batch.context,
-            batch.past.get(spec.kind),
+            view,
             key_offset=self.key_offset,
             value_offset=self.value_offset,
             window=spec.window,
@@ -168,6 +170,31 @@ class Layer(nn.Module):
             self.per_layer_projection = Linear(spec.ple_width, width)
             self.post_per_layer_input_norm = RMSNorm(width, eps)
         self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(
+        self,
+        x: Tensor,
+        ple: Tensor | None,
+        step: dict[int, Tensor],
+        view: View,
+        angles: Angles,
+        k_weight: Tensor | None,
+    ) -> Tensor:
+        """`x` [Q, D] -> [Q, D].
+
+        Args:
+            step: rows of the step's tokens [T, K, W] by the layer that stores them; this layer's are added.
+            k_weight: see `Attention.queries`.
+        """
+        spec, attn = self.spec, self.self_attn
+        normed = self.input_layernorm(x)
+        if spec.owns_kv:
+            step[spec.index] = attn.kv_rows(normed, angles)
+        x = x + self.post_attention_layernorm(attn(normed, step[spec.reads_kv_of], view, angles, k_weight))
+        x = self.feed_forward(x)
+        if ple is not None:
+            x = self.per_layer_input(x, ple)
+        return x * self.layer_scalar
 
     def feed_forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.pre_feedforward_layernorm(x))

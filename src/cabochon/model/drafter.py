@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import DrafterConfig, Kind, ModelConfig
-from ..ops.views import Pages, Past, Rows
-from .decoder import Angles, Layer, join_rotated
-from .layers import Embedding, Linear, RMSNorm, rope_angles
+from ..config import READS_TARGET, DrafterConfig, Kind, ModelConfig
+from ..ops.views import Pages, Past, Rows, View
+from .decoder import Angles, Layer, angles_by_kind
+from .fused import run_layer
+from .layers import Embedding, Linear, RMSNorm
 from .text import Text
 
 
@@ -45,6 +46,9 @@ class Stored:
     k_weight: Mapping[Kind, Tensor] = field(default_factory=dict)
     """The key norm's weight of the owner, for targets whose value is the key (see `Attention.queries`)."""
 
+    def view(self, kind: Kind) -> View:
+        return View(self.rows, self.start, self.context, self.pages.get(kind), self.past.get(kind))
+
 
 class OrderedEmbedding(nn.Module):
     """A head in two steps: the nearest clusters of tokens, then only the tokens in them."""
@@ -59,10 +63,12 @@ class OrderedEmbedding(nn.Module):
 
     def candidates(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """[Q, D] -> token ids [Q, C] of the nearest clusters, and their logits [Q, C]."""
-        scores = self.centroids(x)
+        scores = ops.head(x, self.centroids.weight, None)
         clusters = self.token_ordering.view(scores.shape[-1], -1)
-        ids = clusters[scores.topk(self.nearest, -1).indices].flatten(1)
-        return ids, (table[ids] @ x[..., None]).squeeze(-1)
+        places = ops.largest(scores, self.nearest)[1]
+        # Indexing would wake a team of torch's threads, which then stay awake for a while and hold up the kernels'.
+        ids = clusters.index_select(0, places.flatten()).view(len(x), -1)
+        return ids, ops.head_at(x, table, ids)
 
 
 class Drafter(nn.Module):
@@ -88,36 +94,22 @@ class Drafter(nn.Module):
         The first guess takes the target's normed hidden state of the last stored token, later ones the second result
         of the one before. Returns the normed state [Q, D] for `logits`, and the hidden state [Q, B] for the next guess.
         """
+        return self._run(embedded, hidden, stored, self._angles(stored, hidden.dtype))
+
+    def _run(
+        self, embedded: Tensor, hidden: Tensor, stored: Stored, angles: Mapping[Kind, Angles]
+    ) -> tuple[Tensor, Tensor]:
         x = self.pre_projection(torch.cat([embedded, hidden], -1))
-        angles = self._angles(stored.rows.position + 1, x.dtype)
         for layer in self.layers:
-            x = x + layer.post_attention_layernorm(self._attend(layer, x, stored, angles[layer.spec.kind]))
-            x = layer.feed_forward(x) * layer.layer_scalar
+            kind = layer.spec.kind
+            step = {READS_TARGET: stored.step[kind]}
+            x = run_layer(layer, x, None, step, stored.view(kind), angles[kind], stored.k_weight.get(kind))
         x = self.norm(x)
         return x, self.post_projection(x)
 
-    def _attend(self, layer: Layer, x: Tensor, stored: Stored, angles: Angles) -> Tensor:
-        spec, attn = layer.spec, layer.self_attn
-        out = ops.attend(
-            attn.queries(layer.input_layernorm(x), angles, stored.k_weight.get(spec.kind)),
-            stored.step[spec.kind],
-            stored.pages.get(spec.kind),
-            stored.rows,
-            stored.start,
-            stored.context,
-            stored.past.get(spec.kind),
-            key_offset=attn.key_offset,
-            value_offset=attn.value_offset,
-            window=spec.window,
-        )
-        if spec.k_eq_v:
-            out = join_rotated(out, spec.rope.rotated)
-        attended: Tensor = attn.o_proj(out.flatten(-2))
-        return attended
-
-    def _angles(self, position: Tensor, dtype: torch.dtype) -> dict[Kind, Angles]:
-        first = {spec.kind: spec for spec in self.config.text.layers}
-        return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
+    def _angles(self, stored: Stored, dtype: torch.dtype) -> dict[Kind, Angles]:
+        """All guesses of a burst ask from one place."""
+        return angles_by_kind(self.config.text.layers, stored.rows.position + 1, dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """[Q, D] -> [Q, V]; tokens outside the nearest clusters get one less than the least of those inside."""
@@ -139,8 +131,9 @@ class Drafter(nn.Module):
     def burst(self, target: Text, newest: Tensor, hidden: Tensor, stored: Stored, count: int) -> Tensor:
         """`count` greedy guesses [Q, count] after the `newest` tokens [Q]; `hidden` [Q, B] as in `forward`."""
         scale, guesses = math.sqrt(target.config.hidden_size), []
+        angles = self._angles(stored, hidden.dtype)
         for _ in range(count):
-            x, hidden = self(target.embed_tokens(newest, scale), hidden, stored)
+            x, hidden = self._run(target.embed_tokens(newest, scale), hidden, stored, angles)
             newest = self.likeliest(x)
             guesses.append(newest)
         return torch.stack(guesses, -1)

@@ -1,7 +1,7 @@
 """Decoder layers in one call of the CPU kernels, where those take them: dense feed-forward, keys and values apart.
 
-`Text.layer` op by op is the definition and what training runs. With one call per layer instead of some twenty ops the
-interpreter is out of a decode step's way; the kernels, their order and the roundings between them are the same.
+`Layer.forward` op by op is the definition and what training runs. With one call per layer instead of some twenty ops
+the interpreter is out of a decode step's way; the kernels, their order and the roundings between them are the same.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import cpu
+from ..ops.views import View
 from ..quant import QuantTensor
-from .batch import Batch
-from .decoder import Layer
+from .decoder import Angles, Layer
 from .layers import Linear, RMSNorm
 
 _NORMS = (
@@ -58,14 +58,10 @@ class FusedLayer:
             return False
         return [_address(weight) for weight in self.weights] == self.addresses
 
-    def run(
-        self, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], batch: Batch, skip: bool, cos: Tensor, sin: Tensor
-    ) -> Tensor | None:
-        """The layer's output for `x` [Q, D], its own stored rows put into `step`; None where the kernels can't."""
-        spec = self.spec
-        pages, past = batch.pages.get(spec.reads_kv_of), batch.past.get(spec.kind)
-        rows = batch.tail if skip else batch.rows
-        seen = cpu.seen_by(x.dtype, pages, rows, batch.start, batch.context, past)
+    def run(self, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], view: View, angles: Angles) -> Tensor | None:
+        """`Layer.forward`; None where the kernels can't."""
+        spec, (cos, sin) = self.spec, angles
+        seen = cpu.seen_by(x.dtype, view)
         if self.kernel is None or seen is None or cos.dtype != x.dtype:
             return None
         if spec.owns_kv:
@@ -79,6 +75,22 @@ class FusedLayer:
 
 
 _fused: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+
+
+def run_layer(
+    layer: Layer,
+    x: Tensor,
+    ple: Tensor | None,
+    step: dict[int, Tensor],
+    view: View,
+    angles: Angles,
+    k_weight: Tensor | None,
+) -> Tensor:
+    """`layer(...)`, in one call where that can be."""
+    if (whole := fused(layer, x)) and (y := whole.run(x, ple, step, view, angles)) is not None:
+        return y
+    out: Tensor = layer(x, ple, step, view, angles, k_weight)
+    return out
 
 
 def fused(layer: Layer, x: Tensor) -> FusedLayer | None:

@@ -11,15 +11,14 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import Kind, TextConfig
 from .batch import Batch
-from .decoder import Angles, Layer
-from .fused import fused
-from .layers import Embedding, Linear, RMSNorm, rope_angles
+from .decoder import Layer, angles_by_kind
+from .fused import run_layer
+from .layers import Embedding, Linear, RMSNorm
 
 
 class Text(nn.Module):
@@ -65,7 +64,7 @@ class Text(nn.Module):
         """
         x = self.embed(batch)
         ple = self.per_layer_inputs(x, batch)
-        angles = self._angles(batch.rows.position, x.dtype)
+        angles = angles_by_kind(self.config.layers, batch.rows.position, x.dtype)
         step: dict[int, Tensor] = {}
         skip = False
         for i, layer in enumerate(self.layers):
@@ -73,9 +72,11 @@ class Text(nn.Module):
             if not spec.owns_kv and not skip and batch.tail.index is not None:
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]
-                angles = self._angles(batch.tail.position, x.dtype)
+                angles = angles_by_kind(self.config.layers, batch.tail.position, x.dtype)
                 skip = True
-            x = self._layer(layer, x, None if ple is None else ple[:, i], step, batch, skip, angles[spec.kind])
+            of_layer = None if ple is None else ple[:, i]
+            k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
+            x = run_layer(layer, x, of_layer, step, batch.view(spec, skip), angles[spec.kind], k_weight)
             if self.last_reader[spec.reads_kv_of] == i:
                 rows = step.pop(spec.reads_kv_of)
                 self._store(spec.reads_kv_of, spec.kind, rows, batch)
@@ -85,37 +86,10 @@ class Text(nn.Module):
             x = x[batch.tail.index]
         return self.norm(x if batch.wanted is None else x[batch.wanted])
 
-    def _layer(
-        self,
-        layer: Layer,
-        x: Tensor,
-        ple: Tensor | None,
-        step: dict[int, Tensor],
-        batch: Batch,
-        skip: bool,
-        angles: Angles,
-    ) -> Tensor:
-        spec, attn = layer.spec, layer.self_attn
-        if (whole := fused(layer, x)) and (y := whole.run(x, ple, step, batch, skip, *angles)) is not None:
-            return y
-        normed = layer.input_layernorm(x)
-        if spec.owns_kv:
-            step[spec.index] = attn.kv_rows(normed, angles)
-        k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
-        x = x + layer.post_attention_layernorm(attn(normed, step[spec.reads_kv_of], batch, skip, angles, k_weight))
-        x = layer.feed_forward(x)
-        if ple is not None:
-            x = layer.per_layer_input(x, ple)
-        return x * layer.layer_scalar
-
     def _store(self, index: int, kind: Kind, rows: Tensor, batch: Batch) -> None:
         # Only now: new rows may lie in the slots of rows that leave the window, which every reader had to see first.
         if index in batch.pages:
             ops.store(batch.pages[index], rows, batch.past[kind].slots)
-
-    def _angles(self, position: Tensor, dtype: torch.dtype) -> dict[str, Angles]:
-        first = {spec.kind: spec for spec in self.config.layers}
-        return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, D] -> [L, V] float32."""

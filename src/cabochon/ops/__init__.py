@@ -17,7 +17,7 @@ from . import cpu, gpu, reference
 from .reference import Weight
 from .reference_towers import Clip
 from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, halve, settle, turn
-from .views import Pages, Past, Rows, ScaledPages
+from .views import Pages, Past, Rows, ScaledPages, View
 
 __all__ = [
     "Clip",
@@ -25,6 +25,7 @@ __all__ = [
     "Past",
     "Rows",
     "ScaledPages",
+    "View",
     "Weight",
     "attend",
     "attend_all",
@@ -37,6 +38,7 @@ __all__ = [
     "gated_mlp",
     "halve",
     "head",
+    "head_at",
     "largest",
     "linear",
     "reference",
@@ -81,4 +83,5 @@ experts = _by(0, reference.experts)
 store = _by(1, reference.store)
 attend = _by(0, reference.attend)
 head = _by(0, reference.head)
+head_at = _by(0, reference.head_at)
 largest = _by(0, reference.largest)

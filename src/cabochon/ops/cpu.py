@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..quant import PANEL, QuantTensor
 from . import reference
 from .reference import Weight
-from .views import Pages, Past, Rows, ScaledPages
+from .views import Pages, ScaledPages, View
 
 try:
     from . import _cpu as _cpu  # the towers' ops call it too
@@ -116,6 +116,17 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     _cpu.linear(
         rows.data_ptr(), DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, y.data_ptr(), 0, softcap or 0.0
     )
+    return y
+
+
+def head_at(x: Tensor, weight: Weight, ids: Tensor) -> Tensor:
+    matrix = as_matrix(weight, x)
+    if matrix is None or isinstance(weight, QuantTensor):
+        return reference.head_at(x, weight, ids)
+    rows, ids = as_rows(x), ids.contiguous()
+    y = torch.empty(ids.shape, dtype=torch.float32)
+    count, some = ids.shape
+    _cpu.head_at(rows.data_ptr(), DTYPES[x.dtype], count, some, rows.stride(0), matrix, ids.data_ptr(), y.data_ptr())
     return y
 
 
@@ -227,21 +238,15 @@ def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
 def attend(
     q: Tensor,
     step: Tensor,
-    pages: Pages | None,
-    rows: Rows,
-    start: Tensor,
-    context: Tensor,
-    past: Past | None,
+    view: View,
     *,
     key_offset: int,
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    seen = seen_by(q.dtype, pages, rows, start, context, past)
+    seen = seen_by(q.dtype, view)
     if step.dtype != q.dtype or seen is None:
-        return reference.attend(
-            q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
-        )
+        return reference.attend(q, step, view, key_offset=key_offset, value_offset=value_offset, window=window)
     q, step = q.contiguous(), step.contiguous()
     out = torch.empty_like(q)
     shape = (step.shape[1], step.shape[2], key_offset, value_offset, window or 0)
@@ -249,14 +254,13 @@ def attend(
     return out
 
 
-def seen_by(
-    dtype: torch.dtype, pages: Pages | None, rows: Rows, start: Tensor, context: Tensor, past: Past | None
-) -> _cpu.Seen | None:
-    """What the kernels want to know of the rows that ask and of their past; None when it is nothing for them."""
+def seen_by(dtype: torch.dtype, view: View) -> _cpu.Seen | None:
+    """`view` as the kernels want to know it; None when it is nothing for them."""
+    rows, pages, past = view.rows, view.pages, view.past
     asking = (rows.start.data_ptr(), rows.position.data_ptr(), rows.see_until.data_ptr())
-    step = (start.data_ptr(), context.data_ptr())
+    step, requests = (view.start.data_ptr(), view.context.data_ptr()), view.context.shape[0]
     if past is None or pages is None:
-        return 0, 0, 0, 0, 0, 0, *asking, *step, 0, context.shape[0]
+        return 0, 0, 0, 0, 0, 0, *asking, *step, 0, requests
     codes, scales, split = (
         (pages.codes, pages.scales, pages.split) if isinstance(pages, ScaledPages) else (pages, None, 0)
     )
@@ -264,7 +268,7 @@ def seen_by(
         return None
     assert past.table.is_contiguous()
     stored = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), past.table.data_ptr(), past.table.shape[1])
-    return *stored, codes.shape[1], split, *asking, *step, past.first.data_ptr(), context.shape[0]
+    return *stored, codes.shape[1], split, *asking, *step, past.first.data_ptr(), requests
 
 
 def prepare_layer(

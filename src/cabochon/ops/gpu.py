@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..quant import QuantTensor
 from . import reference
 from .reference import Weight
-from .views import Pages, Past, Rows
+from .views import Pages, View
 
 FEW = 64
 """Rows up to which quantised weights are multiplied as they are; for more they are widened for the call."""
@@ -89,6 +89,7 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
     return y
 
 
+head_at = reference.head_at
 largest = reference.largest
 
 
@@ -122,17 +123,11 @@ def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
 def attend(
     q: Tensor,
     step: Tensor,
-    pages: Pages | None,
-    rows: Rows,
-    start: Tensor,
-    context: Tensor,
-    past: Past | None,
+    view: View,
     *,
     key_offset: int,
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    y: Tensor = kernels()[0].attend(
-        q, step, pages, rows, start, context, past, key_offset=key_offset, value_offset=value_offset, window=window
-    )
+    y: Tensor = kernels()[0].attend(q, step, view, key_offset=key_offset, value_offset=value_offset, window=window)
     return y

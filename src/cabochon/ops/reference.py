@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import QuantTensor, dequantize
-from .views import Pages, Past, Rows, ScaledPages
+from .views import Pages, Past, Rows, ScaledPages, View
 
 Weight = Tensor | QuantTensor
 
@@ -106,23 +106,20 @@ def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
 def attend(
     q: Tensor,
     step: Tensor,
-    pages: Pages | None,
-    rows: Rows,
-    start: Tensor,
-    context: Tensor,
-    past: Past | None,
+    view: View,
     *,
     key_offset: int,
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    """Attention of `q` [Q, N, H] over this step's `step` [T, K, W] and the past in `pages` [pages, S, K, W].
+    """Attention of `q` [Q, N, H] over this step's `step` [T, K, W] and the past in `view.pages` [pages, S, K, W].
 
     Returns [Q, N, H]. Request r's query rows are `rows.start[r] ..`, its tokens of the step `start[r] ..` at positions
     `context[r] ..`, its past the tokens before that. Row i sees position j iff `j <= i`, on sliding layers iff
     `i - window < j <= see_until[i]`. Scores are not scaled (q and k norms absorb it). Key and value of a token are the
     slices of width H at `key_offset` and `value_offset` of its row.
     """
+    rows, start, context, pages, past = view.rows, view.start, view.context, view.pages, view.past
     head = q.shape[-1]
     if past is None and rows.see_until is rows.position:
         key, value = step[..., key_offset : key_offset + head], step[..., value_offset : value_offset + head]
@@ -235,12 +232,22 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def head_at(x: Tensor, weight: Weight, ids: Tensor) -> Tensor:
+    """Logits of each row of `x` [L, D] over its rows `ids` [L, C] of `weight` [V, D]: [L, C], typed as in `head`."""
+    flat = ids.flatten()
+    rows = dequantize(weight.rows(flat), x.dtype) if isinstance(weight, QuantTensor) else weight[flat]
+    logits: Tensor = (rows.unflatten(0, ids.shape) @ x[..., None]).squeeze(-1)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` >= 1 largest numbers of each row of `x` [R, V], descending, and their places: two of [R, min(k, V)].
 
     Of equal numbers the earlier goes first; NaN goes before all. A long row is not sorted: the best k lie in those k of
     its blocks whose largest numbers are the best, and these are found the same way.
     """
+    if k == 1:
+        return x.max(-1, keepdim=True)
     rows, width = x.shape
     size = min(64, 1 << (width // (4 * k)).bit_length() >> 1)
     if size < 4 or width % size:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_tiles import attend_tile, generation
-from .views import Pages, Past, Rows, ScaledPages
+from .views import Past, ScaledPages, View
 
 CHUNK = 512
 """Keys in a chunk of a decode step."""
@@ -214,17 +214,14 @@ def _join(acc_ptr, softmax_ptr, chunks_ptr, out_ptr, lines, N: tl.constexpr, H: 
 def attend(
     q: Tensor,
     step: Tensor,
-    pages: Pages | None,
-    rows: Rows,
-    start: Tensor,
-    context: Tensor,
-    past: Past | None,
+    view: View,
     *,
     key_offset: int,
     value_offset: int,
     window: int | None,
 ) -> Tensor:
     """`reference.attend` for float32, bfloat16 and float16; H a power of two."""
+    rows, start, context, pages, past = view.rows, view.start, view.context, view.pages, view.past
     queries, heads, head = q.shape
     kv_heads, width = step.shape[1:]
     group = heads // kv_heads

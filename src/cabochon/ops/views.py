@@ -87,3 +87,18 @@ class ScaledPages:
 
 Pages = Tensor | ScaledPages
 """What a layer's stored rows look like: [pages, S, K, W] in the model's type, or the same in 8 bits."""
+
+
+@dataclass(slots=True)
+class View:
+    """What the query rows of a layer see beside the rows that their step stores."""
+
+    rows: Rows
+    """Who asks."""
+    start: Tensor
+    """[R + 1] int32, request r's tokens of the step are start[r] .. start[r + 1]."""
+    context: Tensor
+    """[R] int32, tokens of each request before the step."""
+    pages: Pages | None = None
+    """Of the layer whose rows are read; None where nothing came before, as in training."""
+    past: Past | None = None

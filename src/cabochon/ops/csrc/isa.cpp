@@ -1,5 +1,6 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
 #include "conformer.h"
+#include "head_at.h"
 #include "largest.h"
 #include "layer.h"
 #include "lookup.h"
@@ -9,5 +10,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, halve, spin};
+const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, halve, spin};
 }  // namespace cabochon

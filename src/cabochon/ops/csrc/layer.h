@@ -1,4 +1,4 @@
-// A decoder layer in one call: what `model.text.Text.layer` does op by op, by the same kernels and with the same
+// A decoder layer in one call: what `model.decoder.Layer.forward` does op by op, by the same kernels and with the same
 // roundings in between, without the interpreter. A decode step of a small model is mostly calls otherwise.
 //
 // Only layers with dense feed-forward and with keys and values apart; the others stay in Python.

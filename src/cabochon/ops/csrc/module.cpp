@@ -88,6 +88,14 @@ Matrix matrix(const nb::tuple& w) {
             nb::cast<long>(w[5])};
 }
 
+// Numbers of rows, all of which the table has.
+const int64_t* checked(Address numbers, long count, const Matrix& table) {
+    const auto* ids = reinterpret_cast<const int64_t*>(numbers);
+    for (long i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= table.rows) throw nb::index_error("no such row in the table");
+    return ids;
+}
+
 // Other Python threads run meanwhile, unless the op is over before one could.
 template <class Op>
 void call(void (*function)(const Op&), const Op& op, double work) {
@@ -100,6 +108,12 @@ void linear(Address x, int x_dtype, long count, long stride, nb::tuple weight, A
     const Matrix w = matrix(weight);
     const Linear op{rows(x, x_dtype, count, w.cols, stride), w, rows(y, y_dtype, count, w.rows, w.rows), softcap};
     call(active->linear, op, double(count) * w.rows * w.cols);
+}
+
+void head_at(Address x, int dtype, long count, long some, long stride, nb::tuple table, Address ids, Address y) {
+    const Matrix w = matrix(table);
+    const HeadAt op{rows(x, dtype, count, w.cols, stride), w, checked(ids, count * some, w), some, reinterpret_cast<float*>(y)};
+    call(active->head_at, op, double(count) * some * w.cols);
 }
 
 void gated(Address x, int dtype, long count, long stride, nb::tuple gate, nb::tuple up, nb::tuple down, Address y) {
@@ -234,9 +248,8 @@ void pack(Address codes, Address scales, long count, long width, int format, Add
 }
 
 void lookup(Address ids, long count, nb::tuple table, bool panels, float scale, Address y, int dtype) {
-    const Lookup op{reinterpret_cast<const int64_t*>(ids), count, matrix(table), panels, scale, reinterpret_cast<void*>(y), Dtype(dtype)};
-    for (long i = 0; i < count; ++i)
-        if (op.ids[i] < 0 || op.ids[i] >= op.table.rows) throw nb::index_error("no such row in the table");
+    const Matrix w = matrix(table);
+    const Lookup op{checked(ids, count, w), count, w, panels, scale, reinterpret_cast<void*>(y), Dtype(dtype)};
     call(active->lookup, op, double(count) * op.table.cols);
 }
 
@@ -309,6 +322,7 @@ NB_MODULE(_cpu, m) {
     m.def("threads", threads, "How many threads share the work.");
     m.def("set_threads", set_threads);
     m.def("linear", linear);
+    m.def("head_at", head_at);
     m.def("gated", gated);
     m.def("experts", experts);
     m.def("norm", norm);

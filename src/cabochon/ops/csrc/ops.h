@@ -31,6 +31,15 @@ struct Linear {
     float softcap;  // 0: none
 };
 
+// Every row times some rows of a dense table.
+struct HeadAt {
+    Rows x;
+    Matrix table;
+    const int64_t* ids;  // [count, some]
+    long some;
+    float* y;            // [count, some]
+};
+
 struct Gated {
     Rows x;
     Matrix gate, up, down;
@@ -202,6 +211,7 @@ struct Halve {
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
+    void (*head_at)(const HeadAt&);
     void (*gated)(const Gated&);
     void (*experts)(const Experts&);
     void (*norm)(const Norm&);
