@@ -123,6 +123,16 @@ def test_video_limits():
         video.read_video(wav(tone(1000)), video.Sampling(), max_pixels=3000, max_seconds=10)
 
 
+@pytest.mark.parametrize("rate", [240, 1_000_000])
+def test_frames_are_counted_whatever_rate_is_stated(rate):
+    data = movie(frames=121, rate=rate, height=16, width=16, codec="libx264")
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.video[0].average_rate == rate
+    with pytest.raises(MediaError, match=r"more than 120 frames, the most that are allowed for 0\.5 seconds"):
+        video.read_video(data, video.Sampling(), max_pixels=10_000, max_seconds=0.5)
+    assert len(video.read_video(data, video.Sampling(frames=9), max_pixels=10_000, max_seconds=0.51)) == 9
+
+
 def test_sound_track_of_a_video():
     data = movie(frames=30, rate=30, sound=tone(16_000))
     got = audio.read_audio(data, 30)

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from fractions import Fraction
 
 import numpy as np
 from PIL import Image
@@ -115,6 +116,8 @@ def hostile_files() -> dict[str, tuple[str, bytes]]:
         "mp4 without frames": ("video", movie(0)),
         "video over the pixel limit": ("video", movie(1, height=2000, width=2000)),
         "video over the time limit": ("video", movie(40, rate=1, height=16, width=16)),
+        "video of a frame in a thousand seconds": ("video", movie(2, Fraction(1, 1000), 16, 16, codec="libx264")),
+        "video of more frames than its time holds": ("video", movie(7_300, 60_000, 16, 16)),
         "sound as video": ("video", sound),
         "hls playlist as video": ("video", PLAYLIST),
         "dash manifest as video": ("video", DASH),

@@ -2,6 +2,7 @@
 
 import io
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -20,7 +21,7 @@ def wav(samples: np.ndarray, rate: int = 16_000, channels: int = 1) -> bytes:
 
 def movie(
     frames: int,
-    rate: int = 24,
+    rate: int | Fraction = 24,
     height: int = 48,
     width: int = 64,
     sound: np.ndarray | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import av
 import numpy as np
@@ -22,6 +23,8 @@ DEFAULT_FRAMES = 32
 DEFAULT_BUDGET = 70
 UNKNOWN_RATE = 24.0
 """Frames per second assumed where a container doesn't say."""
+FASTEST_RATE = 240.0
+"""Frames per second of the fastest clips that are taken at full length: a header's rate may lie, a count can't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def read_video(data: bytes, sampling: Sampling, *, max_pixels: int, max_seconds:
     """The sampled frames of the first video track.
 
     Raises `MediaError` for data without a readable video track or without frames, for frames of more than `max_pixels`
-    and for clips of more than `max_seconds`.
+    and for clips of more than `max_seconds`, or of more frames than those can hold.
     """
     try:
         with open_container(data) as container:
@@ -70,7 +73,13 @@ def read_video(data: bytes, sampling: Sampling, *, max_pixels: int, max_seconds:
                     f"{max_pixels:,} are allowed; scale it down."
                 )
             rate = float(stream.average_rate or 0) or UNKNOWN_RATE
-            total = sum(1 for packet in container.demux(stream) if packet.size)
+            most = int(max_seconds * FASTEST_RATE)
+            total = sum(1 for _ in islice((packet for packet in container.demux(stream) if packet.size), most + 1))
+        if total > most:
+            raise MediaError(
+                f"The video has more than {most:,} frames, the most that are allowed for {max_seconds:g} seconds, "
+                f"whatever rate it states; cut it."
+            )
         if total / rate > max_seconds:
             raise MediaError(
                 f"The video is {total / rate:.0f} seconds long, but at most {max_seconds:g} are allowed; cut it."
