@@ -24,16 +24,16 @@ from .layers import ClippedLinear, Linear, RMSNorm
 
 
 class Halving(nn.Module):
-    """A 3 x 3 convolution with stride 2 over time and frequency, norm over channels, ReLU."""
+    """A 3 x 3 convolution with stride 2 over time and frequency, and the norm over its channels."""
 
     def __init__(self, inputs: int, outputs: int, eps: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
         self.norm = nn.LayerNorm(outputs, eps=eps, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, inputs, A, frequencies] -> [1, outputs, A / 2, frequencies / 2], both rounded up."""
-        return ops.halve(x, self.conv.weight, self.norm.weight, self.norm.eps)
+    @property
+    def parts(self) -> ops.Halving:
+        return ops.Halving(self.conv.weight, self.norm.weight)
 
 
 class Subsampling(nn.Module):
@@ -48,8 +48,9 @@ class Subsampling(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """[frames, 128] -> [A, W]."""
-        x = self.layer1(self.layer0(mel[None, None].to(self.layer0.conv.weight.dtype)))
-        return ops.clipped_linear(x[0].permute(1, 2, 0).flatten(1), self.input_proj_linear.weight, None)
+        first, second = self.layer0.parts, self.layer1.parts
+        x = ops.subsample(mel.to(first.kernel.dtype), first, second, self.layer0.norm.eps)
+        return ops.clipped_linear(x.flatten(1), self.input_proj_linear.weight, None)
 
 
 class Attention(nn.Module):
@@ -113,7 +114,7 @@ class LightConv(nn.Module):
         y = ops.clipped_gate(self.pre_layer_norm(x), value, gate, (start.clip, start.clip), "sigmoid")
         taps = self.depthwise_conv1d.weight[:, 0].T  # [kernel, W], oldest first
         y = ops.blend(y, taps, self.conv_norm.weight, self.conv_norm.eps, bound)
-        out: Tensor = x + self.linear_end(y)
+        out: Tensor = self.linear_end(y, onto=x)
         return out
 
 
@@ -165,8 +166,8 @@ class AudioTower(nn.Module):
         distance = self._distances(x)
         for layer in self.layers:
             x = layer(x, distance, bound)
-        out: Tensor = self.output_proj(x)
-        return out
+        last = self.output_proj
+        return ops.clipped_linear(x, last.weight, None, onto=last.bias.expand(len(x), -1))
 
     def _distances(self, like: Tensor) -> Tensor:
         """[reach, W]: sines, then cosines, of 0, 1, ... tokens back over timescales from 1 to 10,000.

@@ -85,8 +85,8 @@ class ClippedLinear(nn.Module):
             return None
         return ops.Clip(self.input_min, self.input_max, self.output_min, self.output_max)
 
-    def forward(self, x: Tensor, *, silu: bool = False) -> Tensor:
-        return ops.clipped_linear(x, self.linear.weight, self.clip, silu=silu)
+    def forward(self, x: Tensor, *, silu: bool = False, onto: Tensor | None = None) -> Tensor:
+        return ops.clipped_linear(x, self.linear.weight, self.clip, silu=silu, onto=onto)
 
 
 class Projector(nn.Module):

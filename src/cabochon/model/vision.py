@@ -92,7 +92,7 @@ class MLP(nn.Module):
         flat = x.flatten(0, 1)
         pieces = flat.split(max(self.ROWS, flat.numel() // first.shape[0]))
         out = [self.down_proj(ops.clipped_gate(rows, first, second, clips, "gelu")) for rows in pieces]
-        return torch.cat(out).view_as(x)
+        return (out[0] if len(out) == 1 else torch.cat(out)).view_as(x)
 
 
 class Layer(nn.Module):

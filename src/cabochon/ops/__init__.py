@@ -15,12 +15,13 @@ from torch import Tensor
 
 from . import cpu, gpu, reference
 from .reference import Weight
-from .reference_towers import Clip
-from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, halve, settle, turn
+from .reference_towers import Clip, Halving
+from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, settle, subsample, turn
 from .views import Pages, Past, Rows, ScaledPages, View
 
 __all__ = [
     "Clip",
+    "Halving",
     "Pages",
     "Past",
     "Rows",
@@ -36,7 +37,6 @@ __all__ = [
     "embed",
     "experts",
     "gated_mlp",
-    "halve",
     "head",
     "head_at",
     "largest",
@@ -47,6 +47,7 @@ __all__ = [
     "route",
     "settle",
     "store",
+    "subsample",
     "turn",
 ]
 

@@ -80,13 +80,14 @@ def product(
     first: int,
     second: int,
     outputs: int,
-    limits_in: tuple[float, float],
-    limits_out: tuple[float, float],
-    second_limits_out: tuple[float, float],
+    clip: tuple[int, ...],
+    second_clip: tuple[int, ...],
     how: int,
+    onto: int,
+    onto_stride: int,
     y: int,
     /,
-) -> None: ...
+) -> bool: ...
 def settle(
     x: int,
     dtype: int,
@@ -145,8 +146,20 @@ def blend(
     y: int,
     /,
 ) -> None: ...
-def halve(
-    x: int, taps: int, weight: int, y: int, dtype: int, eps: float, rows: int, width: int, channels: int, /
+def subsample(
+    mel: int,
+    count: int,
+    width: int,
+    stride: int,
+    taps: int,
+    norm: int,
+    second_taps: int,
+    second_norm: int,
+    channels: int,
+    outputs: int,
+    eps: float,
+    y: int,
+    /,
 ) -> None: ...
 def largest(x: int, count: int, width: int, stride: int, k: int, values: int, places: int, /) -> None: ...
 def quantize(

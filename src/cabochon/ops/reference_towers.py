@@ -26,13 +26,23 @@ class Clip(NamedTuple):
     output_max: Tensor
 
 
-def clipped_linear(x: Tensor, weight: Weight, clip: Clip | None, *, silu: bool = False) -> Tensor:
-    """`x` [..., I] times the rows of `weight` [O, I], both sides cut, then SiLU where asked -> [..., O]."""
+class Halving(NamedTuple):
+    """A convolution `kernel` [outputs, inputs, 3, 3] and the weight of the norm behind it, [outputs]."""
+
+    kernel: Tensor
+    norm: Tensor
+
+
+def clipped_linear(
+    x: Tensor, weight: Weight, clip: Clip | None, *, silu: bool = False, onto: Tensor | None = None
+) -> Tensor:
+    """`x` [..., I] times the rows of `weight` [O, I], both sides cut, SiLU where asked, added `onto` -> [..., O]."""
     if clip is None:
         y = reference.linear(x, weight)
     else:
         y = reference.linear(x.clamp(clip.input_min, clip.input_max), weight).clamp(clip.output_min, clip.output_max)
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return y if onto is None else onto + y
 
 
 def clipped_gate(
@@ -99,11 +109,13 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
     return F.silu(reference.rms_norm(y.clamp(-bound, bound).to(x.dtype), weight, eps))
 
 
-def halve(x: Tensor, kernel: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """A 3 x 3 convolution with stride 2, norm over channels (mean and variance), ReLU.
+def subsample(mel: Tensor, first: Halving, second: Halving, eps: float) -> Tensor:
+    """Two 3 x 3 convolutions with stride 2, after each a norm over channels (mean and variance) and ReLU.
 
-    `x` [1, inputs, A, F], `kernel` [outputs, inputs, 3, 3] -> [1, outputs, A / 2, F / 2], both rounded up; the numbers
-    of one place lie together in memory.
+    `mel` [A, F] -> [A / 4, F / 4, outputs of the second], rounded up at either halving.
     """
-    y = F.conv2d(x, kernel, stride=2, padding=1).permute(0, 2, 3, 1)
-    return F.layer_norm(y, weight.shape, weight, eps=eps).relu().permute(0, 3, 1, 2)
+    x = mel[None, None]
+    for kernel, weight in (first, second):
+        y = F.conv2d(x, kernel, stride=2, padding=1).permute(0, 2, 3, 1)
+        x = F.layer_norm(y, weight.shape, weight, eps=eps).relu().permute(0, 3, 1, 2)
+    return x[0].permute(1, 2, 0)

@@ -14,12 +14,9 @@ from . import cpu
 from . import reference_towers as reference
 from .cpu import DTYPES, _cpu
 from .reference import Weight
-from .reference_towers import Clip, Gate
-
-Limits = tuple[float, float]
+from .reference_towers import Clip, Gate, Halving
 
 _MOST_RECENT = 16  # scores that the kernel of `attend_recent` keeps in one register
-_ENDLESS = (-torch.inf, torch.inf)
 _PLAIN, _SILU = 0, 1
 _GATES = {"gelu": 2, "sigmoid": 3}
 
@@ -34,38 +31,43 @@ def _multiplies(x: Tensor, *weights: Weight) -> bool:
     )
 
 
-def _limits(clip: Clip | None, dtype: torch.dtype) -> tuple[Limits, Limits]:
-    """Ranges in and out, rounded as `torch.clamp` rounds them."""
-    if clip is None:
-        return _ENDLESS, _ENDLESS
-    low_in, high_in, low_out, high_out = torch.stack(clip).to(dtype).tolist()
-    return (low_in, high_in), (low_out, high_out)
+def _ends(clip: Clip | None) -> tuple[int, ...]:
+    """Where the kernel finds the ranges: to read them here would take longer than some products."""
+    return () if clip is None else tuple(number for end in clip for number in (DTYPES[end.dtype], end.data_ptr()))
 
 
-def clipped_linear(x: Tensor, weight: Weight, clip: Clip | None, *, silu: bool = False) -> Tensor:
-    if not _multiplies(x, weight):
-        return reference.clipped_linear(x, weight, clip, silu=silu)
-    limits = _limits(clip, x.dtype)
-    return _product(x, weight, weight, *limits, _ENDLESS, _SILU if silu else _PLAIN)
+def clipped_linear(
+    x: Tensor, weight: Weight, clip: Clip | None, *, silu: bool = False, onto: Tensor | None = None
+) -> Tensor:
+    y = None
+    if _multiplies(x, weight):
+        y = _product(x, weight, weight, (clip, clip), _SILU if silu else _PLAIN, onto)
+    return reference.clipped_linear(x, weight, clip, silu=silu, onto=onto) if y is None else y
 
 
 def clipped_gate(
     x: Tensor, first: Weight, second: Weight, clips: tuple[Clip | None, Clip | None], gate: Gate
 ) -> Tensor:
+    y = None
     if _multiplies(x, first, second):
-        (taken, given), (also_taken, also_given) = (_limits(clip, x.dtype) for clip in clips)
-        if taken == also_taken:  # else x would have to be packed twice
-            return _product(x, first, second, taken, given, also_given, _GATES[gate])
-    return reference.clipped_gate(x, first, second, clips, gate)
+        y = _product(x, first, second, clips, _GATES[gate])
+    return reference.clipped_gate(x, first, second, clips, gate) if y is None else y
 
 
 def _product(
-    x: Tensor, first: Weight, second: Weight, taken: Limits, given: Limits, also_given: Limits, how: int
-) -> Tensor:
+    x: Tensor,
+    first: Weight,
+    second: Weight,
+    clips: tuple[Clip | None, Clip | None],
+    how: int,
+    onto: Tensor | None = None,
+) -> Tensor | None:
+    """None where two matrices cut `x` to different ranges: it would have to be copied twice."""
     assert isinstance(first, Tensor) and isinstance(second, Tensor)
-    rows = cpu.as_rows(x)
+    rows, added = cpu.as_rows(x), None if onto is None else cpu.as_rows(onto)
     y = x.new_empty(*x.shape[:-1], len(first))
-    _cpu.product(
+    assert added is None or (added.dtype == y.dtype and added.shape == (rows.shape[0], len(first)))
+    done = _cpu.product(
         rows.data_ptr(),
         rows.shape[0],
         rows.shape[1],
@@ -73,13 +75,14 @@ def _product(
         first.data_ptr(),
         second.data_ptr(),
         len(first),
-        taken,
-        given,
-        also_given,
+        _ends(clips[0]),
+        _ends(clips[1]),
         how,
+        0 if added is None else added.data_ptr(),
+        0 if added is None else added.stride(0),
         y.data_ptr(),
     )
-    return y
+    return y if done else None
 
 
 def settle(
@@ -188,23 +191,26 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
     return y
 
 
-def halve(x: Tensor, kernel: Tensor, weight: Tensor, eps: float) -> Tensor:
-    outputs, inputs = kernel.shape[:2]
-    ours = inputs == 1 and outputs % 16 == 0 and x.dtype == kernel.dtype == weight.dtype
-    if not (ours and cpu.ready(x)):
-        return reference.halve(x, kernel, weight, eps)
-    x, kernel = x.contiguous(), kernel.contiguous()
-    rows, width = x.shape[2:]
-    y = x.new_empty(1, -(-rows // 2), -(-width // 2), outputs)
-    _cpu.halve(
-        x.data_ptr(),
-        kernel.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        DTYPES[x.dtype],
-        eps,
-        rows,
-        width,
+def subsample(mel: Tensor, first: Halving, second: Halving, eps: float) -> Tensor:
+    channels, outputs = (len(half.kernel) for half in (first, second))
+    alike = all(x.dtype == torch.bfloat16 for x in (mel, *first, *second))
+    if not (alike and channels % 16 == 0 == outputs % 16 and cpu.ready(mel)):
+        return reference.subsample(mel, first, second, eps)
+    rows, taps = cpu.as_rows(mel), first.kernel.contiguous()
+    second_taps = second.kernel.permute(0, 2, 3, 1).contiguous()
+    y = mel.new_empty(-(-rows.shape[0] // 4), -(-rows.shape[1] // 4), outputs)
+    _cpu.subsample(
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        rows.stride(0),
+        taps.data_ptr(),
+        first.norm.data_ptr(),
+        second_taps.data_ptr(),
+        second.norm.data_ptr(),
+        channels,
         outputs,
+        eps,
+        y.data_ptr(),
     )
-    return y.permute(0, 3, 1, 2)
+    return y

@@ -126,48 +126,4 @@ void blend(const Blend& op) {
     over_rows(op.x.count, op.x.width * 4, [&](long row) { op.x.dtype == FLOAT32 ? blend_row<float>(op, row) : blend_row<Bf16>(op, row); });
 }
 
-// A 3 x 3 convolution of one plane with stride 2, then per place a norm over its channels (mean and variance), then ReLU.
-template <class T>
-void halve_row(const Halve& op, const float* taps, long row) {
-    const long half = (op.width + 1) / 2;
-    const T *x = static_cast<const T*>(op.x), *weight = static_cast<const T*>(op.weight);
-    auto* sums = static_cast<float*>(scratch(BLOCK_A, (op.channels + LANES) * sizeof(float)));
-    for (long column = 0; column < half; ++column) {
-        F16 total = zero(), squares = zero();
-        float seen[9] = {};
-        for (int i = 0; i < 9; ++i) {
-            const long r = 2 * row + i / 3 - 1, c = 2 * column + i % 3 - 1;
-            if (r >= 0 && r < op.rows && c >= 0 && c < op.width) seen[i] = lane_zero(get(x + r * op.width + c, 1));
-        }
-        for (long i = 0; i < op.channels; i += LANES) {
-            F16 v = zero();
-            for (int tap = 0; tap < 9; ++tap) v = fma(splat(seen[tap]), get(taps + tap * op.channels + i, op.channels - i), v);
-            put(sums + i, v);
-            total = total + v;
-        }
-        const float mean = sum(total) / op.channels;
-        for (long i = 0; i < op.channels; i += LANES) {
-            const F16 v = get(sums + i) - mean;
-            squares = fma(v, v, squares);
-        }
-        const F16 scale = splat(1.0f / square_root(sum(squares) / op.channels + op.eps));
-        T* y = static_cast<T*>(op.y) + (row * half + column) * op.channels;
-        for (long i = 0; i < op.channels; i += LANES) {
-            const F16 v = (get(sums + i) - mean) * scale * get(weight + i, op.channels - i);
-            put(y + i, select(zero() > v, zero(), v), op.channels - i);
-        }
-    }
-}
-
-template <class T>
-void halve_rows(const Halve& op) {
-    auto* taps = static_cast<float*>(scratch(BLOCK_B, 9 * op.channels * sizeof(float)));
-    for (long c = 0; c < op.channels; ++c)
-        for (long tap = 0; tap < 9; ++tap)
-            taps[tap * op.channels + c] = lane_zero(get(static_cast<const T*>(op.taps) + c * 9 + tap, 1));
-    parallel((op.rows + 1) / 2, [&](long row) { halve_row<T>(op, taps, row); });
-}
-
-void halve(const Halve& op) { op.dtype == FLOAT32 ? halve_rows<float>(op) : halve_rows<Bf16>(op); }
-
 }  // namespace

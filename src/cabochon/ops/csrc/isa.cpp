@@ -4,11 +4,12 @@
 #include "largest.h"
 #include "layer.h"
 #include "lookup.h"
+#include "subsample.h"
 
 #define TEXT(x) #x
 #define NAME(x) TEXT(x)
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, halve, spin};
+const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, subsample, spin};
 }  // namespace cabochon

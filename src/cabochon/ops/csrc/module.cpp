@@ -4,6 +4,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
+#include <cstring>
+
 #include "amx.h"
 #include "pool.h"
 
@@ -267,15 +270,37 @@ void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<v
 
 const void* at(Address a) { return reinterpret_cast<const void*>(a); }
 
-using Limits = std::tuple<float, float>;
-Range range(const Limits& limits) { return {std::get<0>(limits), std::get<1>(limits)}; }
+// The ranges in and out of a clipped matrix, as Python hands them over: dtypes and addresses of four numbers, or nothing.
+struct Clip {
+    Range in{-INFINITY, INFINITY}, out{-INFINITY, INFINITY};
 
-void product(Address x, long count, long cols, long stride, Address first, Address second, long outputs, const Limits& in,
-             const Limits& out, const Limits& second_out, int how, Address y) {
+    explicit Clip(const nb::tuple& clip) {
+        float* const ends[] = {&in.low, &in.high, &out.low, &out.high};
+        for (size_t i = 0; i < clip.size() / 2; ++i)
+            *ends[i] = bfloat16(Dtype(nb::cast<int>(clip[2 * i])), at(nb::cast<Address>(clip[2 * i + 1])));
+    }
+
+    // A number of either type, rounded to nearest even as `torch.clamp` rounds it.
+    static float bfloat16(Dtype dtype, const void* from) {
+        uint32_t bits = 0;
+        memcpy(&bits, from, dtype == BFLOAT16 ? 2 : 4);
+        bits = dtype == BFLOAT16 ? bits << 16 : (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    }
+};
+
+// Whether it was done: not if the second matrix cuts x to another range than the first.
+bool product(Address x, long count, long cols, long stride, Address first, Address second, long outputs, nb::tuple clip,
+             nb::tuple second_clip, int how, Address onto, long onto_stride, Address y) {
     const auto weight = [&](Address w) { return Matrix{DENSE, BFLOAT16, at(w), nullptr, outputs, cols}; };
-    const Product op{rows(x, BFLOAT16, count, cols, stride), {weight(first), weight(second)}, range(in), {range(out), range(second_out)},
-                     How(how), rows(y, BFLOAT16, count, outputs, outputs)};
+    const Clip one(clip), other(second_clip);
+    if (how >= GELU_TIMES && (one.in.low != other.in.low || one.in.high != other.in.high)) return false;
+    const Product op{rows(x, BFLOAT16, count, cols, stride), {weight(first), weight(second)}, one.in, {one.out, other.out},
+                     How(how), rows(y, BFLOAT16, count, outputs, outputs), at(onto), onto_stride};
     call(active->product, op, 1e9);
+    return true;
 }
 
 void settle(Address x, int dtype, long count, long width, long stride, Address weight, Address onto, float eps, float bound,
@@ -303,9 +328,11 @@ void blend(Address x, int dtype, long count, long width, long stride, Address ta
     call(active->blend, op, double(count) * width * tap_count);
 }
 
-void halve(Address x, Address taps, Address weight, Address y, int dtype, float eps, long rows, long width, long channels) {
-    const Halve op{at(x), at(taps), at(weight), reinterpret_cast<void*>(y), Dtype(dtype), eps, rows, width, channels};
-    call(active->halve, op, double(rows) * width * channels);
+void subsample(Address mel, long count, long width, long stride, Address taps, Address norm, Address second_taps, Address second_norm,
+               long channels, long outputs, float eps, Address y) {
+    const Subsample op{rows(mel, BFLOAT16, count, width, stride), at(taps), at(norm), at(second_taps), at(second_norm),
+                       reinterpret_cast<void*>(y), eps, channels, outputs};
+    call(active->subsample, op, 1e9);
 }
 
 }  // namespace
@@ -338,7 +365,7 @@ NB_MODULE(_cpu, m) {
     m.def("turn", turn);
     m.def("recent", recent);
     m.def("blend", blend);
-    m.def("halve", halve);
+    m.def("subsample", subsample);
     m.def("largest", largest);
     m.def("quantize", quantize);
     m.def("pack", pack);

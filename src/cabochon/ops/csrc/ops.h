@@ -143,6 +143,8 @@ struct Product {
     Range in, out[2];
     How how;
     Rows y;
+    const void* onto;  // of `PLAIN` and `SILU`: [count, y.width] that is added, or null
+    long onto_stride;
 };
 
 struct Settle {
@@ -200,12 +202,13 @@ struct Layer {
     Attend attend;          // q and out are filled in; the layer writes the rows of `step` that it owns
 };
 
-struct Halve {
-    const void *x, *taps, *weight;  // [rows, width], [channels, 9], [channels]
-    void* y;                        // [rows / 2, width / 2, channels], both rounded up
-    Dtype dtype;
+struct Subsample {
+    Rows mel;                               // bfloat16, like all of it
+    const void *taps, *norm;                // [channels, 9], [channels]
+    const void *second_taps, *second_norm;  // [outputs, 9, channels], [outputs]
+    void* y;                                // [mel.count / 4, mel.width / 4, outputs], rounded up at either halving
     float eps;
-    long rows, width, channels;  // channels in sixteens
+    long channels, outputs;  // both in sixteens
 };
 
 struct Ops {
@@ -229,7 +232,7 @@ struct Ops {
     void (*turn)(const Turn&);
     void (*recent)(const Recent&);
     void (*blend)(const Blend&);
-    void (*halve)(const Halve&);
+    void (*subsample)(const Subsample&);
     double (*spin)(long rounds);  // multiplies bfloat16 pairs (or floats) that stay in registers; returns the operations
 };
 

@@ -39,4 +39,10 @@ void parallel(long items, const Work& work) {
         const_cast<Work*>(&work));
 }
 
+// The same by runs: work(first, last), neighbours at a time. Runs grow shorter towards the end.
+template <class Work>
+void parallel_runs(long items, const Work& work) {
+    run_items(items, [](void* context, long first, long last) { (*static_cast<const Work*>(context))(first, last); }, const_cast<Work*>(&work));
+}
+
 }  // namespace cabochon
