@@ -77,6 +77,28 @@ def test_our_own_folder_is_loaded_as_it_lies(tmp_path):
     assert torch.equal(stored.scales, direct.scales)
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_drafter_is_written_and_loaded_as_it_lies(tmp_path, format):
+    done = cabochon("quantize", BUNDLED / "drafter", tmp_path / "d", "--format", format)
+    assert done.returncode == 0 and "no guess changes a reply" in done.stdout, done.stderr
+    stored = load(BUNDLED, dtype="bfloat16", drafter=tmp_path / "d").drafter
+    direct = load(BUNDLED, dtype="bfloat16", drafter="auto", quantization=format).drafter
+    for module in ("layers.0.mlp.up_proj", "layers.3.self_attn.q_proj", "pre_projection"):
+        mine, its = (drafter.get_submodule(module).weight for drafter in (stored, direct))
+        assert mine.format == its.format == format
+        assert torch.equal(mine.codes, its.codes) and torch.equal(mine.scales, its.scales)
+    llm, greedy = LLM(BUNDLED, drafter=tmp_path / "d"), SamplingParams(temperature=0, max_tokens=60)
+    ask = [{"role": "user", "content": "What is 347 + 285?"}]
+    llm.front.engine.speculator.count = lambda tracks: 3
+    assert llm.chat(ask, thinking=True, params=greedy) == LLM(BUNDLED).chat(ask, thinking=True, params=greedy)
+    assert llm.front.engine.stats.accepted > 5
+
+
+def test_a_drafter_is_not_written_for_vllm(tmp_path):
+    with pytest.raises(InputError, match="ct:fp8 is for models; a drafter can be written as int8, int4 or gguf"):
+        convert.write(open_checkpoint(BUNDLED / "drafter"), tmp_path / "d", "ct:fp8", "d")
+
+
 def test_the_command_checks_what_it_wrote(tmp_path):
     done = cabochon("quantize", BUNDLED, tmp_path / "m.gguf", "--format", "gguf:q8_0")
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,8 @@ from cabochon.config import read_config
 from cabochon.model import fused
 from cabochon.model.drafter import Drafter, Stored
 from cabochon.ops import Past, Rows, cpu
+from cabochon.weights.load import place, quantizer
+from cabochon.weights.params import parameters
 from support.reference import oracle
 from support.toys import SIZES, WINDOW, calm_, random_ids, toy_drafter_json, toy_model, with_dtype
 
@@ -129,11 +131,15 @@ def test_pages_are_seen_like_rows(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_burst_in_one_call_per_layer_equals_the_ops(size, dtype, monkeypatch):
+def test_a_burst_in_one_call_per_layer_equals_the_ops(size, format, dtype, monkeypatch):
     """Bit for bit; layers whose value is the key go op by op in any case."""
     target = toy_model(size, dtype=dtype).language_model
     model = calm_(Drafter(read_config(with_dtype(toy_drafter_json(size), dtype))).to(dtype)).eval()
+    convert = quantizer(format, panels=bool(cpu.supported()))
+    for param in parameters(model.config):
+        place(model, param.name, convert(param, model.state_dict()[param.name]))
     stored, hidden = stored_rows(size, random_ids(3 * WINDOW, 5), dtype)
     calls, run = [], fused.FusedLayer.run
     monkeypatch.setattr(fused.FusedLayer, "run", lambda *a: calls.append(run(*a)) or calls[-1])

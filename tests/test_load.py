@@ -11,6 +11,7 @@ import torch
 
 from cabochon.config import read_config
 from cabochon.errors import CheckpointError, InputError, UnknownModelError
+from cabochon.llm import loading
 from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, quantize
 from cabochon.weights.header import read_folder
@@ -260,3 +261,13 @@ def test_looked_up_tables_of_our_own_folder_stay_in_the_file(tmp_path, panels):
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ours = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(tmp_path))]
     assert any(begin <= table.codes.data_ptr() < end for begin, end in ours)
+
+
+def test_progress_runs_through_the_model_and_then_its_drafter():
+    told: list[tuple[int, int]] = []
+    loading.load(None, drafter="auto", progress=lambda done, total: told.append((done, total)))
+    totals = list(dict.fromkeys(total for _, total in told))
+    assert len(totals) == 2 and totals[1] < totals[0]
+    for total in totals:
+        mine = [done for done, its in told if its == total]
+        assert mine == sorted(mine) and mine[-1] == total

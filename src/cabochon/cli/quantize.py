@@ -31,7 +31,7 @@ _PROBES = (
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="What to convert: a name, a folder or a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="What to convert: a name, a folder or a .gguf file; a drafter too.")],
     out: Annotated[Path, typer.Argument(help="The new folder, or the new file for gguf:...")],
     format: Annotated[
         str, typer.Option(help="int8, int4; gguf:bf16, gguf:f16, gguf:q8_0, gguf:q4_0; ct:w4a16, ct:fp8.")
@@ -41,22 +41,23 @@ def quantize(
 
     It is loaded again, and how far its predictions moved is said.
     """
+    from ..llm.loading import open_named
     from ..weights import convert
-    from ..weights.checkpoint import open_checkpoint
     from ..weights.params import parameters
 
-    path = hub.locate(model)
-    found = open_checkpoint(path)
-    ids = _probe_ids(found)
+    found, name = open_named(model)
     err = Console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
-        convert.write(found, out, format, path.stem, lambda _: progress.advance(bar))
-    moved = _divergence(_predict(path, ids), _predict(out, ids))
+        convert.write(found, out, format, Path(name).stem, lambda _: progress.advance(bar))
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.iterdir()))
-    print(
-        f"{out}: {size / 1e9:.3f} GB in {format}; mean KL to the original {moved:.2e} nats per token on probe prompts"
-    )
+    written = f"{out}: {size / 1e9:.3f} GB in {format};"
+    if found.config.drafter is not None:
+        print(f"{written} not compared: a drafter guesses only along with its model, and no guess changes a reply")
+        return
+    ids = _probe_ids(found)
+    moved = _divergence(_predict(model, ids), _predict(out, ids))
+    print(f"{written} mean KL to the original {moved:.2e} nats per token on probe prompts")
     if (towers := convert.towers_beside(out)).is_file() and out.is_file():
         print(f"{towers}: the towers, for images and sound; keep both files in one folder")
     if not moved < FURTHEST.get(format, _FURTHEST_4BIT):
@@ -141,16 +142,16 @@ def _probe_ids(found: Checkpoint) -> list[list[int]]:
     return [[tokenizer.bos, *tokenizer.encode(text)] for text in _PROBES]
 
 
-def _predict(path: Path, ids: list[list[int]]) -> Tensor:
+def _predict(model: str | Path, ids: list[list[int]]) -> Tensor:
     """Log-probabilities after every token of the probes, in float32."""
     import torch
 
     from ..llm.loading import load
     from ..model.batch import whole_sequences
 
-    model = load(path, "cpu", "float32").model
+    network = load(model, "cpu", "float32").model
     with torch.inference_mode():
-        logits: Tensor = model(whole_sequences([torch.tensor(prompt) for prompt in ids]))
+        logits: Tensor = network(whole_sequences([torch.tensor(prompt) for prompt in ids]))
     return logits.log_softmax(-1)
 
 

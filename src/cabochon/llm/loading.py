@@ -21,6 +21,7 @@ from ..model.gemma4 import Gemma4
 from ..modelfile import Recipe, made
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import Progress, Source, fill, quantizer
+from ..weights.params import own_format
 from ..weights.random import is_random, open_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -55,14 +56,15 @@ def load(
 ) -> Loaded:
     """The checkpoint `model`: a folder, a .gguf file, a cached repository or name, `random:...`; None: bundled.
 
-    `quantization` (int8 or int4) rounds matrices while they stream in; what is stored in such a format stays in it.
+    `quantization` (int8 or int4) rounds matrices while they stream in; what is stored in such a format stays in it. The
+    drafter's are rounded like the model's. `progress` runs through the model, then through its drafter.
     `drafter` is a checkpoint too: the model's assistant, or `auto` for the one that lies in its folder `drafter`; or
     nobody but the conversation, `ngram` (see `engine.guessers.Lookup`).
     """
     if quantization is not None and quantization not in QUANTIZED:
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZED)}.")
     there, kind = pick_device(device), pick_dtype(dtype)
-    found, name = _open(model)
+    found, name = open_named(model)
     config = found.config
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
@@ -71,7 +73,8 @@ def load(
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
-    guesser = _drafter(pair, network, there) if isinstance(pair, Checkpoint) else pair
+    rounded = quantization or own_format(config)
+    guesser = _drafter(pair, network, there, progress, rounded) if isinstance(pair, Checkpoint) else pair
     recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None
     if recipe is None:
         return Loaded(name, network, tokenizer, template, found.generation, drafter=guesser)
@@ -90,7 +93,7 @@ def open_drafter(drafter: str | Path | None, model: ModelConfig, folder: Path | 
                 "No folder `drafter` lies beside the model; name its drafter instead, for example gemma4:e2b-assistant."
             )
         drafter = folder / "drafter"
-    found, name = _open(drafter)
+    found, name = open_named(drafter)
     if found.config.drafter is None:
         raise InputError(f"{name} is no drafter; the published ones end in -assistant.")
     mine, its, text = found.config.text, found.config.drafter, model.text
@@ -104,11 +107,15 @@ def open_drafter(drafter: str | Path | None, model: ModelConfig, folder: Path | 
     return found
 
 
-def _drafter(found: Checkpoint, network: Gemma4, device: torch.device) -> Drafter:
+def _drafter(
+    found: Checkpoint, network: Gemma4, device: torch.device, progress: Progress | None, quantization: str | None
+) -> Drafter:
     """An opened drafter in memory, in the type of its model."""
     with torch.device("meta"):
         made = Drafter(found.config)
-    fill(made, found.source, found.config, dtype=network.language_model.norm.weight.dtype, device=device)
+    dtype = network.language_model.norm.weight.dtype
+    convert = quantizer(quantization, panels=device.type == "cpu")
+    fill(made, found.source, found.config, dtype=dtype, device=device, convert=convert, progress=progress)
     return made.eval()
 
 
@@ -121,7 +128,7 @@ def _settled(said: GenerationConfig, recipe: Recipe) -> GenerationConfig:
     return replace(said, **settings)
 
 
-def _open(model: str | Path | None) -> tuple[Checkpoint, str]:
+def open_named(model: str | Path | None) -> tuple[Checkpoint, str]:
     """The checkpoint and the name to show for it. Random weights speak through the bundled tokenizer."""
     if isinstance(model, str) and is_random(model):
         config, source = open_random(model)

@@ -61,7 +61,7 @@ class OrderedEmbedding(nn.Module):
         self.centroids = Linear(width, config.num_centroids)
         self.register_buffer("token_ordering", torch.zeros(vocab_size, dtype=torch.long))
 
-    def candidates(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, x: Tensor, table: ops.Weight) -> tuple[Tensor, Tensor]:
         """[Q, D] -> token ids [Q, C] of the nearest clusters, and their logits [Q, C]."""
         scores = ops.head(x, self.centroids.weight, None)
         clusters = self.token_ordering.view(scores.shape[-1], -1)
@@ -113,7 +113,7 @@ class Drafter(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[Q, D] -> [Q, V]; tokens outside the nearest clusters get one less than the least of those inside."""
-        table = cast(Tensor, self.embed_tokens.weight)
+        table = self.embed_tokens.weight
         if self.masked_embedding is None:
             return ops.head(x, table, None)
         ids, scores = self.masked_embedding.candidates(x, table)
@@ -122,11 +122,11 @@ class Drafter(nn.Module):
 
     def likeliest(self, x: Tensor) -> Tensor:
         """[Q, D] -> token ids [Q]."""
-        table = cast(Tensor, self.embed_tokens.weight)
+        table = self.embed_tokens.weight
         if self.masked_embedding is None:
-            return ops.head(x, table, None).argmax(-1)
+            return ops.largest(ops.head(x, table, None), 1)[1].squeeze(-1)
         ids, scores = self.masked_embedding.candidates(x, table)
-        return ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+        return ids.gather(-1, ops.largest(scores, 1)[1]).squeeze(-1)
 
     def burst(self, target: Text, newest: Tensor, hidden: Tensor, stored: Stored, count: int) -> Tensor:
         """`count` greedy guesses [Q, count] after the `newest` tokens [Q]; `hidden` [Q, B] as in `forward`."""

@@ -48,7 +48,7 @@ def speed(
     drafted = None
     if drafter is not None:
         verify = step_seconds(config, work, hardware, batch, 1 + draft_tokens)
-        draft = draft_tokens * draft_seconds(drafter, hardware, batch)
+        draft = draft_tokens * draft_seconds(drafter, work, hardware, batch)
         drafted = batch * expected_tokens(work.acceptance, draft_tokens) / (verify + draft)
     return Speed(batch, batch / step, drafted, batch * PREFILL / prefill_seconds(config, work, hardware, batch))
 
@@ -84,15 +84,18 @@ def prefill_seconds(
     return max(read / hardware.bandwidth, operations / hardware.rate(work.quantization))
 
 
-def draft_seconds(drafter: ModelConfig, hardware: Hardware, batch: int) -> float:
+def draft_seconds(drafter: ModelConfig, work: Workload, hardware: Hardware, batch: int) -> float:
     """One drafted token each. With ordered embeddings only the chosen clusters' rows of the head are read."""
-    assert drafter.drafter is not None
-    rows = [p for p in parameters(drafter) if len(p.shape) > 1 and p.name != "embed_tokens.weight"]
-    head = drafter.text.vocab_size
-    if drafter.drafter.use_ordered_embeddings:
-        head = head // drafter.drafter.num_centroids * drafter.drafter.centroid_intermediate_top_k
-    count = sum(p.count for p in rows) + head * drafter.text.hidden_size
-    return max(2 * count / hardware.bandwidth, 2 * batch * count / hardware.bf16)
+    its = drafter.drafter
+    assert its is not None
+    looked_at = its.centroid_intermediate_top_k / its.num_centroids if its.use_ordered_embeddings else 1.0
+    read = operations = 0.0
+    for param in parameters(drafter):
+        if len(param.shape) > 1:
+            share = looked_at if param.name == "embed_tokens.weight" else 1.0
+            read += share * param.nbytes(work.dtype, stored_as(param, work.quantization, work.kept))
+            operations += 2 * batch * share * param.count
+    return max(read / hardware.bandwidth, operations / hardware.rate(work.quantization))
 
 
 def kv_read(config: ModelConfig, work: Workload) -> int:

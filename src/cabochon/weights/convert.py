@@ -32,6 +32,8 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
     if format not in FORMATS:
         raise InputError(f"The format is {format!r}, but must be one of {', '.join(FORMATS)}.")
     kind, _, inner = format.partition(":")
+    if kind == "ct" and found.config.drafter is not None:
+        raise InputError(f"{format} is for models; a drafter can be written as int8, int4 or gguf:....")
     mine = [out, towers_beside(out)] if kind == "gguf" and found.config.vision is not None else [out]
     for path in mine:
         if path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def save_gguf(
     if format not in FORMATS:
         raise InputError(f"GGUF files can be written as {', '.join(FORMATS)}, not as {format!r}.")
     kind = BY_NAME[FORMATS[format]]
+    if config.drafter is not None:  # the file has no place for clusters
+        config = replace(config, drafter=replace(config.drafter, use_ordered_embeddings=False))
     rows: list[ToWrite] = [("rope_freqs.weight", (_half(config),), BY_NAME["F32"], partial(_turning, config))]
     rows += [(p.gguf, p.shape, _kind(p, kind), partial(weight, p.name)) for p in parameters(config) if p.gguf]
     metadata = metadata_of(config, tokenizer_json, template, name) | {"general.file_type": _FILE_TYPE[kind.name]}

@@ -188,12 +188,14 @@ def _drafter(config: ModelConfig, drafter: DrafterConfig) -> Iterator[Param]:
     """An assistant's: its own text layers without keys and values, and the ways in and out of the target's width."""
     width, backbone = config.text.hidden_size, drafter.backbone_hidden_size
     for param in _text(config, "", "model."):
-        yield replace(param, part="drafter", shard=None, quantize=False)
+        # With clusters a guess reads a few rows of the table from anywhere, which must lie together: it stays as it is.
+        whole = param.part != "embedding" or not drafter.use_ordered_embeddings
+        yield replace(param, part="drafter", shard=None, quantize=param.quantize and whole)
     for name, shape in (
         ("pre_projection.weight", (width, 2 * backbone)),
         ("post_projection.weight", (backbone, width)),
     ):
-        yield Param(name, shape, name, "drafter", f"nextn.{name}")
+        yield Param(name, shape, name, "drafter", f"nextn.{name}", quantize=True)
     if drafter.use_ordered_embeddings:
         name = "masked_embedding.centroids.weight"
         yield Param(name, (drafter.num_centroids, width), name, "drafter")
