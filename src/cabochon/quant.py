@@ -31,6 +31,10 @@ PANEL = 16
 """Rows in a panel: the lanes of a 512-bit register of 32-bit sums."""
 GROUP = 32
 """Numbers that share a scale in int4, and activations that share one in every format."""
+DIVISORS = (8.0, 7.25, 7.75, 8.25, 8.5, 8.75)
+"""An int4 group's scale is its number of largest magnitude over minus one of these. The first, q4_0's own choice, puts
+that number on the grid's end; another that is nearer to the group as a whole takes a tenth off the mean squared error.
+Candidates beyond these six would take off one hundredth more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,34 @@ def quantize(weight: Tensor, format: str) -> QuantTensor:
     if format != "int4":
         raise InputError(f"The format is {format!r}, but must be one of {', '.join(QUANTIZED)}.")
     groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [.., O, G, 32]
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-    scales = (largest / -8).half()  # the largest number of a group, whatever its sign, becomes -8
+    scales = fitted_scales(groups)
     levels = (groups * _inverse(scales.float())[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8)
     codes = levels[..., :16] | levels[..., 16:] << 4
     return QuantTensor(codes, scales, format, tuple(weight.shape), dtype=weight.dtype)
+
+
+def fitted_scales(groups: Tensor) -> Tensor:
+    """The scales [..] float16 with which `groups` [.., 32] float32 lose least on q4_0's grid, by squared error.
+
+    Tried are the quotients of the number of largest magnitude, whatever its sign, by minus each of `DIVISORS`.
+    """
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = (largest / -DIVISORS[0]).half()
+    least = _misfit(groups, best.float())
+    for divisor in DIVISORS[1:]:
+        scales = (largest / -divisor).half()
+        error = _misfit(groups, scales.float())
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    return best[..., 0]
+
+
+def _misfit(groups: Tensor, scales: Tensor) -> Tensor:
+    """Squared errors of `groups` [.., 32] rounded with `scales` [.., 1]; added in the order of the kernels' lanes."""
+    error = (groups - (groups * _inverse(scales)).round_().clamp_(-8, 7) * scales).square_()
+    while (half := error.shape[-1] // 2) > 0:
+        error = error[..., :half] + error[..., half:]
+    return error
 
 
 def _inverse(scales: Tensor) -> Tensor:

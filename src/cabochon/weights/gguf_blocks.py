@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.packing import quantize
+
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
@@ -133,12 +135,9 @@ def _half_bytes(scale: Tensor) -> Tensor:
 
 
 def _to_q4_0(x: Tensor) -> Tensor:
-    """The signed value of largest magnitude maps to -8, as ggml does, so the grid is -8..7."""
-    peak = x.gather(1, x.abs().argmax(1, keepdim=True))
-    scale = peak / -8
-    inverse = torch.where(scale != 0, 1 / scale, 0)
-    codes = (x * inverse + 8.5).trunc().clamp(max=15).to(torch.uint8)
-    return torch.cat([_half_bytes(scale), codes[:, :16] | (codes[:, 16:] << 4)], 1)
+    """Our int4 to the bit; ggml's own writer tries one scale per block."""
+    rounded = quantize(x, "int4")
+    return torch.cat([rounded.scales.view(torch.uint8), rounded.codes.flatten(1)], 1)
 
 
 def _to_q8_0(x: Tensor) -> Tensor:
