@@ -329,6 +329,24 @@ def test_flags_reach_the_engine() -> None:
         llm.close()
 
 
+@pytest.mark.parametrize(
+    ("flags", "towers"),
+    [
+        ("", ["vision_tower", "audio_tower"]),
+        ("--language-model-only", []),
+        ("--limit-mm-per-prompt image=0,video=0,audio=0", []),
+        ("--limit-mm-per-prompt image=0,audio=0", ["vision_tower"]),
+    ],
+)
+def test_towers_that_the_limits_leave_no_use_for_stay_away(flags: str, towers: list[str]) -> None:
+    llm, _ = built(flags)
+    try:
+        parts = [name for name, _ in llm.front.engine.runner.model.named_children()]
+        assert [name for name in parts if name.endswith("_tower")] == towers
+    finally:
+        llm.close()
+
+
 def test_a_share_of_the_memory_is_all_that_is_planned_with() -> None:
     model = toy("E2B")
     small, large = (prepare(model, engine={"gpu_memory_utilization": share}).plan.available for share in (0.05, 0.1))

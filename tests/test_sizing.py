@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from cabochon import LLM, SamplingParams
 from cabochon.cli import app
 from cabochon.cli.bench_shapes import past_bytes, random_codes, weight_bytes
 from cabochon.config import read_config
@@ -286,6 +287,34 @@ def test_a_file_is_planned_as_it_is_loaded(tmp_path, format):
     assert prepare(path, "cpu", quantization="none").plan.memory.on_device == held
     shown = CliRunner().invoke(app, ["plan", str(path), "--context", "64", "--json"])
     assert json.loads(shown.output)["memory"]["on_device"] == held
+
+
+@pytest.mark.parametrize(
+    ("media", "towers"),
+    [
+        (None, {"vision_tower", "audio_tower"}),
+        ((), set()),
+        (("video",), {"vision_tower"}),
+        (("audio",), {"audio_tower"}),
+    ],
+)
+def test_towers_that_nobody_asks_for_are_neither_loaded_nor_planned(media, towers):
+    llm = LLM(device="cpu", media=media)
+    network = llm.front.engine.runner.model
+    assert {name for name, _ in network.named_children() if name.endswith("_tower")} == towers
+    held = sum(parameter.nbytes for parameter in (*network.parameters(), *network.buffers()))
+    planned = prepare(None, "cpu", quantization="none", media=media).plan.memory
+    assert planned.on_device == held
+    kinds = {"vision_tower": {"image", "video"}, "audio_tower": {"audio"}}
+    assert llm.front.senses.kinds == set().union(*(kinds[tower] for tower in towers))
+    question = [{"role": "user", "content": "12 + 30"}]
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    assert llm.chat(question, params=greedy) == LLM(device="cpu").chat(question, params=greedy)
+
+
+def test_a_kind_of_media_that_there_is_not():
+    with pytest.raises(InputError, match=r"'smell'.*image, video, audio"):
+        LLM(media=["smell"])
 
 
 def pairs(network):

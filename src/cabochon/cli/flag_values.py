@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import MEDIA
 from ..errors import InputError
 from ..formats import QUANTIZED
 from .vllm_flags import STORED_QUANTIZATION
@@ -117,7 +118,7 @@ def media_limits(text: str | None) -> dict[str, int]:
     limits: dict[str, int] = {}
     for kind, count in pairs.items():
         count = count.get("count", 999) if isinstance(count, dict) else count
-        if kind not in ("image", "video", "audio") or not isinstance(count, int) or count < 0:
+        if kind not in MEDIA or not isinstance(count, int) or count < 0:
             raise InputError(f"{flag} holds {kind!r}: {count!r}, but needs image, video or audio with a number.")
         limits[kind] = count
     return limits

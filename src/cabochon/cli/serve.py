@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..config import MEDIA
 from ..errors import InputError
 from .serve_flags import ServeSettings, read_settings
 
@@ -63,6 +64,7 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
     if folder is not None and not folder.is_dir():
         raise InputError(f"--allowed-media-dir names {str(folder)!r}, which is no folder.")
     options, policy = ServerOptions(names=settings.names, **settings.server), Policy(**settings.media)
+    media = [kind for kind in MEDIA if options.media_limits.get(kind) != 0]
     begin = prepare(
         settings.model,
         settings.device,
@@ -71,10 +73,16 @@ def build(settings: ServeSettings) -> tuple[AsyncLLM, ServerOptions]:
         max_model_len=settings.max_model_len,
         engine=settings.engine,
         drafter=settings.drafter,
+        media=media,
     )
     print(begin.summary(), file=sys.stderr, flush=True)
     loaded = load(
-        settings.model, settings.device, settings.dtype, quantization=begin.quantization, drafter=settings.drafter
+        settings.model,
+        settings.device,
+        settings.dtype,
+        quantization=begin.quantization,
+        drafter=settings.drafter,
+        media=media,
     )
     if settings.chat_template is not None and loaded.tokenizer is not None:
         template = template_for(None, loaded.tokenizer, "small", settings.chat_template)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..config import MEDIA
 from ..errors import InputError
 from . import flag_values
 from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED
@@ -94,7 +95,7 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         "responses_kept": read.responses_kept,
         "log_prompts": read.enable_log_requests,
         **flag_values.template_defaults(read.default_chat_template_kwargs),
-        "media_limits": dict.fromkeys(("image", "video", "audio"), 0) if read.language_model_only else limits,
+        "media_limits": dict.fromkeys(MEDIA, 0) if read.language_model_only else limits,
     }
     return ServeSettings(
         model=read.model if read.model is not None else read.model_flag,

@@ -2,6 +2,7 @@
 
 from .read import read_config, read_generation_config, to_json
 from .values import (
+    MEDIA,
     READS_TARGET,
     AudioConfig,
     DrafterConfig,
@@ -20,6 +21,7 @@ from .values import (
 )
 
 __all__ = [
+    "MEDIA",
     "READS_TARGET",
     "AudioConfig",
     "DrafterConfig",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["sliding", "global"]
 ModelType = Literal["gemma4", "gemma4_unified", "gemma4_text", "gemma4_assistant"]
 
+MEDIA = ("image", "video", "audio")
+"""What a conversation may show besides text."""
 READS_TARGET = -1
 """`LayerSpec.reads_kv_of` in a drafter: the target's last layer of the same kind that owns keys and values."""
 
@@ -185,6 +187,11 @@ class ModelConfig:
     """`quantization_config` as it stands; the reader of that format checks it."""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """config.json as it was read."""
+
+    def taking(self, media: Collection[str]) -> ModelConfig:
+        """The same without the towers that none of `media` (of image, video, audio) needs."""
+        sees, hears = bool({"image", "video"} & set(media)), "audio" in media
+        return replace(self, vision=self.vision if sees else None, audio=self.audio if hears else None)
 
     @property
     def unified(self) -> bool:

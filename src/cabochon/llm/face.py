@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,8 @@ class Face(ABC):
         drafter: a checkpoint that guesses next tokens, which the model then need not find one by one: the assistant
             that was published with the model, or `auto` for the one in its folder; or `ngram`, which needs none and
             guesses that a text which repeats itself goes on as before. Replies stay the same.
+        media: the kinds (image, video, audio) that it will be shown, `()` for text only; None: all that it takes.
+            Towers that none of them needs are not loaded.
         engine_options: see `Front` and `engine.options.EngineOptions`.
     """
 
@@ -44,17 +47,24 @@ class Face(ABC):
         max_model_len: int | None = None,
         quantization: str | None = None,
         drafter: str | Path | None = None,
+        media: Collection[str] | None = None,
         **engine_options: Any,
     ) -> None:
         if quantization == "auto":
             name = str(dtype).removeprefix("torch.")
             begin = prepare(
-                model, device, dtype=name, max_model_len=max_model_len, engine=engine_options, drafter=drafter
+                model,
+                device,
+                dtype=name,
+                max_model_len=max_model_len,
+                engine=engine_options,
+                drafter=drafter,
+                media=media,
             )
             quantization, max_model_len = begin.quantization, begin.context
             room = {"max_num_seqs": begin.users, "kv_cache_memory_bytes": begin.cache_bytes}
             engine_options = room | engine_options
-        loaded = load(model, device, dtype, quantization=quantization, drafter=drafter)
+        loaded = load(model, device, dtype, quantization=quantization, drafter=drafter, media=media)
         self._start(Front(loaded, max_model_len=max_model_len, **engine_options))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from ..chat.jinja import template_for, template_from
 from ..chat.template import ChatTemplate, Family
 from ..chat.tokenizer import Tokenizer
-from ..config import GenerationConfig, ModelConfig
+from ..config import MEDIA, GenerationConfig, ModelConfig
 from ..engine.guessers import Lookup
 from ..errors import CheckpointError, InputError
 from ..formats import QUANTIZED
@@ -53,6 +54,7 @@ def load(
     progress: Progress | None = None,
     quantization: str | None = None,
     drafter: str | Path | None = None,
+    media: Collection[str] | None = None,
 ) -> Loaded:
     """The checkpoint `model`: a folder, a .gguf file, a cached repository or name, `random:...`; None: bundled.
 
@@ -60,17 +62,20 @@ def load(
     drafter's are rounded like the model's. `progress` runs through the model, then through its drafter.
     `drafter` is a checkpoint too: the model's assistant, or `auto` for the one that lies in its folder `drafter`; or
     nobody but the conversation, `ngram` (see `engine.guessers.Lookup`).
+    `media` are the kinds (image, video, audio) that it will be shown, None all that it takes: towers which none of them
+    needs are left in the file.
     """
     if quantization is not None and quantization not in QUANTIZED:
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZED)}.")
     there, kind = pick_device(device), pick_dtype(dtype)
     found, name = open_named(model)
     config = found.config
+    check_media(media)
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
     # Before the model takes its minutes: a wrong drafter is told at once.
     pair = open_drafter(drafter, config, found.folder)
-    network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization)
+    network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization, media)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
     rounded = quantization or own_format(config)
@@ -159,17 +164,24 @@ def build(
     dtype: torch.dtype,
     progress: Progress | None = None,
     quantization: str | None = None,
+    media: Collection[str] | None = None,
 ) -> Gemma4:
-    """The network of `config` with the weights of `source`."""
+    """The network of `config`, with the towers that `media` need (None: all), and the weights of `source`."""
     try:
         with torch.device("meta"):
-            network = Gemma4(config)
+            network = Gemma4(config if media is None else config.taking(media))
     except RuntimeError:  # no memory was asked for: a size does not fit into 63 bits
         raise CheckpointError(f"{source.origin}: its config.json describes a network of impossible size.") from None
     convert = quantizer(quantization, panels=device.type == "cpu")
     rows_only = ("per_layer_embedding",) if device.type == "cuda" else ()  # half of E2B, of which a step reads 18 KB
     fill(network, source, config, dtype=dtype, device=device, convert=convert, progress=progress, keep_on_cpu=rows_only)
     return network.eval()
+
+
+def check_media(media: Collection[str] | None) -> None:
+    """Raises `InputError` where a kind is named that there is not."""
+    if strange := sorted(set(media or ()) - set(MEDIA)):
+        raise InputError(f"media names {strange[0]!r}, but the kinds are {', '.join(MEDIA)} (none of them: text only).")
 
 
 def pick_device(device: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..sizing import Hardware, Start, hardware, start
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.params import own_format
 from ..weights.random import is_random, open_random
-from .loading import open_drafter, pick_device, pick_dtype
+from .loading import check_media, open_drafter, pick_device, pick_dtype
 
 
 def prepare(
@@ -29,10 +30,11 @@ def prepare(
     max_model_len: int | None = None,
     engine: dict[str, Any] | None = None,
     drafter: str | Path | None = None,
+    media: Collection[str] | None = None,
 ) -> Start:
     """What to load and how, from what was asked for and what is free. `engine` holds options that the user set.
 
-    `drafter` is a name as `load` takes it.
+    `drafter` and `media` are as `load` takes them.
 
     Raises:
         InputError: it can't fit; the message has the numbers and what would help.
@@ -42,6 +44,9 @@ def prepare(
         raise InputError(f"quantization is {quantization!r}, but must be one of {', '.join(formats)}.")
     pick_dtype(dtype)
     config, name, kept, folder = _config(model)
+    check_media(media)
+    if media is not None:
+        config = config.taking(media)
     recipe = modelfile.made(model) if isinstance(model, str) else None
     if max_model_len is None and recipe is not None and "num_ctx" in recipe.parameters:
         max_model_len = int(recipe.parameters["num_ctx"])
