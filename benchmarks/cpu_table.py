@@ -1,9 +1,9 @@
-"""The whole CPU table: every shape that is aimed at or compared, by `cabochon bench cpu`, one process per group of rows.
+"""The whole CPU table: every shape that is aimed at or compared, by `cabochon bench cpu`, a process per group.
 
     python benchmarks/cpu_table.py [--keep FILE] [--only TEXT] [--llama-bench PATH] [--llama-bench-avx2 PATH]
 
-Wants idle cores and 20 GB of memory; takes a quarter of an hour. What has been measured is kept in FILE and not measured
-again, so a broken run goes on where it stopped. `--only` takes the groups whose command has TEXT in it. Groups beside
+Wants idle cores and 20 GB of memory; takes a quarter of an hour. What has been measured is kept in FILE and is not
+measured again, so a broken run goes on where it stopped. `--only` takes the groups whose command has TEXT in it. Groups beside
 llama.cpp (built as it is, and without AVX-512 and AMX) run only where its llama-bench is given: on five layers of E2B,
 since both models are in memory.
 
