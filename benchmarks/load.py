@@ -35,23 +35,25 @@ def memory():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(status[name].split()[0]) << 10 for name in ("VmHWM", "VmRSS", "RssAnon")}
 
-most = 0
+most, over = 0, threading.Event()
 def watch():
     global most
-    while True:
+    while not over.wait(0.01):
         most = max(most, memory()["RssAnon"])
-        time.sleep(0.01)
 
 place, context, reply, media = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "media"
 begin = clocks()
 from cabochon import LLM, SamplingParams
 imported = clocks()
-threading.Thread(target=watch, daemon=True).start()
+watcher = threading.Thread(target=watch)
+watcher.start()
 llm = LLM(place, device="cpu", max_model_len=context, max_num_seqs=1, media=None if media else ())
 loaded = clocks()
 after = memory()
 prompt = [2, *(300 + i % 5000 for i in range(context - reply - 1))]
-llm.generate([prompt], SamplingParams(temperature=0, max_tokens=reply, min_tokens=reply))
+llm.generate([prompt], SamplingParams(temperature=0, max_tokens=reply))
+over.set()
+watcher.join()
 print(json.dumps({
     "import": imported[0] - begin[0], "import_cpu": imported[1] - begin[1],
     "load": loaded[0] - imported[0], "load_cpu": loaded[1] - imported[1],
