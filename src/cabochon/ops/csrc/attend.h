@@ -5,16 +5,17 @@
 // merged in order: so a row's result does not depend on the rows beside it, on how the prompt was cut into steps, nor on
 // whether one thread walked all chunks or several shared them.
 //
-// Blocks that lie whole in pages of 8 bits are multiplied in integers: codes as they are, queries and weights rounded to
-// 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
+// Blocks that lie whole in pages of 8 bits are multiplied in integers where the CPU can: codes as they are, queries and
+// weights rounded to 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
 #pragma once
 
-#include "words.h"
+#include "attend_tiles.h"
 
 namespace {
 
-constexpr long KEYS = Ahead::ROWS, CHUNK = 256, TILE = 48;
+constexpr long CHUNK = 256, TILE = 48;
 constexpr size_t SHARED_BYTES = 16 << 20;  // of chunks' results while threads share them out
+constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are left out together
 
 // What a unit keeps: the state of the online softmax of its rows.
 struct State {
@@ -42,174 +43,171 @@ struct State {
     }
 };
 
+// Rows of a block where they lie, or where they were widened to.
+template <Words W>
+struct Block {
+    const Number<W>*key[KEYS], *value[KEYS];
+};
+
+// Where the rows of a block lie, and the scales of those in 8 bits; only [first, last) of them are seen.
+struct Found {
+    const char* row[KEYS];
+    const float* scale[KEYS];
+    long first, last;
+};
+
 template <class T>
 struct Attention {
     static constexpr Words OWN = WORDS<T>;
+    typedef Number<OWN> Wide;
     const Attend& op;
     long group;  // query heads per KV head
-    long lanes;  // head width, filled up to whole registers
+    long lanes;  // head width, filled up to whole columns and registers
     bool whole;  // are the keys and the values of a row of 8-bit pages under one scale each?
     struct Unit {
         int32_t request, kv_head, first, count, low, high;  // query rows (tokens), keys [low, high)
     };
 
     struct Buffers {
-        uint32_t *keys, *values, *weights, *queries, *codes;
-        float *scores, *units, *query_units;  // what an integer is worth, of a row's weights and of its query
+        uint32_t *queries, *codes, *weights;
+        float *scores, *keep, *units, *query_units;  // what an integer is worth, of a row's weights and of its query
         State chunk;
-        T *rows, *nothing;  // of 8-bit pages, widened; a row of zeros
+        Wide *rows, *nothing;  // keys and values that don't lie as they are read; a row of zeros
     };
 
     explicit Attention(const Attend& op)
-        : op(op), group(op.heads / op.kv_heads), lanes((op.head + LANES - 1) / LANES * LANES),
-          whole(sizeof(T) == 2 && op.scales && in_one_part(op.key_offset) && in_one_part(op.value_offset)) {}
+        : op(op), group(op.heads / op.kv_heads), lanes((op.head + FULL - 1) / FULL * FULL),
+          whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && in_one_part(op.key_offset) && in_one_part(op.value_offset)) {}
 
     bool in_one_part(long offset) const { return op.split <= offset || op.split >= offset + op.head; }
     template <Words W>
     long inner() const {
         return lanes / PER_WORD<W>;
     }
+    long code_words() const { return LANES + 2 * inner<QUADS_OF_BYTES>(); }
 
-    // The row of a token: in the step's rows, or its place on the pages.
-    const T* step_row(const Unit& u, long position) const {
-        const long row = op.start[u.request] + position - op.context[u.request];
-        return static_cast<const T*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width;
-    }
-    long place(const Unit& u, long position) const {
-        const long past = position - op.first[u.request];
-        const long slot = op.table[u.request * op.table_width + past / op.slots] * op.slots + past % op.slots;
-        return slot * op.kv_heads + u.kv_head;
-    }
-    bool is_past(const Unit& u, long position) const { return position < op.context[u.request]; }
-
-    // The row of a token in its own type: where it lies, or widened into `space`.
-    const T* own_row(const Unit& u, long position, T* space) const {
-        if (!is_past(u, position)) return step_row(u, position);
-        const long row = place(u, position);
-        if (!op.scales) return static_cast<const T*>(op.pages) + row * op.width;
-        const auto* codes = static_cast<const int8_t*>(op.pages) + row * op.width;
-        for (long part = 0; part < 2; ++part)
-            for (long i = part * op.split; i < (part ? op.width : op.split); i += LANES) {
-                const long left = (part ? op.width : op.split) - i;
-                put(space + i, get(codes + i, left) * op.scales[row * 2 + part], left);
+    // Where the keys [from, from + KEYS) of a unit lie, up to `until`: in the pages or among the step's rows.
+    void find(const Unit& u, long from, long until, Found& found) const {
+        const long context = op.context[u.request], low = most(from, u.low);
+        const int32_t* page = nullptr;
+        long slot = 0;
+        if (low < least(context, until)) {
+            const long past = low - op.first[u.request];
+            page = op.table + u.request * op.table_width + past / op.slots, slot = past % op.slots;
+        }
+        found.first = low - from, found.last = least(KEYS, until - from);
+        for (long j = found.first; j < found.last; ++j) {
+            if (from + j >= context) {
+                const long row = op.start[u.request] + from + j - context;
+                found.row[j] = reinterpret_cast<const char*>(static_cast<const T*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width);
+                found.scale[j] = nullptr;
+                continue;
             }
+            const long row = (*page * op.slots + slot) * op.kv_heads + u.kv_head;
+            found.row[j] = static_cast<const char*>(op.pages) + row * row_bytes();
+            found.scale[j] = op.scales ? op.scales + row * 2 : nullptr;
+            if (++slot == op.slots) slot = 0, ++page;
+        }
+    }
+    long row_bytes() const { return op.width * (op.scales ? 1 : sizeof(T)); }
+
+    // A slice of a token's row: where it lies if it can be read there, else put into `space`.
+    const Wide* slice(const char* row, const float* scale, long offset, Wide* space) const {
+        const T* from = reinterpret_cast<const T*>(row) + offset;
+        if constexpr (sizeof(T) == sizeof(Wide)) {
+            if (!scale && lanes == op.head) return reinterpret_cast<const Wide*>(from);
+        }
+        for (long i = op.head / LANES * LANES; i < lanes; i += LANES) put(space + i, zero());
+        if (!scale) {
+            for (long i = 0; i < op.head; i += LANES) put(space + i, get(from + i, op.head - i), op.head - i);
+            return space;
+        }
+        const auto* codes = reinterpret_cast<const int8_t*>(row);
+        for (long part = 0; part < 2; ++part) {
+            const long until = least(offset + op.head, part ? op.width : op.split);
+            for (long i = most(offset, part * op.split); i < until; i += LANES)
+                put(space + i - offset, get(codes + i, until - i) * scale[part], until - i);
+        }
         return space;
     }
 
     // The rows that come next: they lie on pages here and there, where the CPU looks for none by itself.
-    void look_ahead(const Unit& u, long from, long until, Ahead& ahead) const {
-        ahead.at = ahead.end, ahead.rows = 0;
-        ahead.bytes = op.width * (op.scales ? 1 : sizeof(T));
-        for (long j = least(from + KEYS, until) - 1; j >= from; --j) {  // the first one asked for is the last one here
-            if (!is_past(u, j)) {
-                ahead.row[ahead.rows++] = reinterpret_cast<const char*>(step_row(u, j));
-                continue;
-            }
-            const long row = place(u, j);
-            ahead.row[ahead.rows++] = static_cast<const char*>(op.pages) + row * ahead.bytes;
-            if (op.scales) __builtin_prefetch(op.scales + row * 2);
-        }
+    void look_ahead(const Found& next, Ahead& ahead) const {
+        ahead.row = next.row + next.first, ahead.last = next.row + most(next.first, next.last), ahead.at = ahead.end;
+        ahead.bytes = row_bytes();
+        for (long j = next.first; j < next.last; j += Ahead::LINE / (2 * sizeof(float)))
+            if (next.scale[j]) __builtin_prefetch(next.scale[j]);
     }
 
     long last_key(long row) const { return op.window ? op.see_until[row] : op.position[row]; }
     long first_key(long row) const { return op.window ? op.position[row] - op.window + 1 : 0; }
 
-    // Query rows as left values, [rows, inner].
+    // Query rows as words, and as codes where they may meet some.
     void gather_queries(const Unit& u, const Buffers& b) const {
         for (long r = 0; r < u.count * group; ++r) {
             const long token = u.first + r / group, head = u.kv_head * group + r % group;
             const T* q = static_cast<const T*>(op.q) + (token * op.heads + head) * op.head;
-            uint32_t* to = b.queries + r * inner<OWN>();
-            if constexpr (OWN == PAIRS_OF_BF16) {
-                memset(to, 0, inner<OWN>() * 4);
-                memcpy(to, q, op.head * 2);
-            } else {
-                for (long i = 0; i < op.head; i += LANES) store(to + i, get(q + i, op.head - i));
-            }
-            if (whole) b.query_units[r] = round_query(q, b.codes + r * inner<PAIRS_OF_INTS>());
+            auto* to = reinterpret_cast<Wide*>(b.queries + r * inner<OWN>());
+            for (long i = 0; i < lanes; i += LANES) put(to + i, i < op.head ? get(q + i, op.head - i) : zero());
+            if (whole) b.query_units[r] = round_query(q, b.codes + r * code_words());
         }
     }
 
-    // Sums over all of a head stay below 2^31. Returns what an integer is worth; no number if any of `q` is none.
+    // Into two bytes each; sums over all of a head stay below 2^31. Returns what an integer is worth; no number if any of `q`
+    // is none.
     float round_query(const T* q, uint32_t* to) const {
-        const float limit = least(32767, 0x7fffffff / (127 * lanes));
+        const float limit = least(127 * 256 + 127, 0x7fffffff / (127 * lanes));
         F16 top = zero(), odd = zero();
-        for (long i = 0; i < op.head; i += LANES) {
-            const F16 v = get(q + i, op.head - i);
+        for (long i = 0; i < lanes; i += LANES) {
+            const F16 v = get(q + i);
             top = larger(larger(v, 0.0f - v), top), odd = odd + (v - v);
         }
         const float largest = maximum(top), inverse = largest > 0 ? limit / largest : 0;
-        for (long i = 0; i < lanes; i += LANES)
-            put_shorts(to + i / 2, as<U16>(rounded(get(q + i, op.head - i) * inverse)));
+        auto *high = reinterpret_cast<int8_t*>(to + LANES), *low = high + lanes;
+        I16 all = splat(0);
+        for (long i = 0; i < lanes; i += LANES) {
+            const I16 v = rounded(get(q + i) * inverse), lower = v << 24 >> 24;
+            put_bytes(high + i, (v - lower) >> 8);
+            put_bytes(low + i, lower);
+            all = all + v;
+        }
+        store(to, splat(0));
+        *to = -128 * sum(all);
         return largest / limit + sum(odd);
-    }
-
-    // Keys [from, from + 64) transposed to [inner, KEYS], values as [KEYS or KEYS / 2, lanes]; zero where nobody looks.
-    template <Words W, class E>
-    void gather_block(const E* const (&row)[KEYS], const Buffers& b, Ahead& ahead) const {
-        for (long j = 0; j < KEYS; j += LANES)
-            for (long i = 0; i < inner<W>(); i += LANES) {
-                U16 block[LANES];
-                for (long lane = 0; lane < LANES; ++lane) block[lane] = key_words<W>(row[j + lane] + op.key_offset, i);
-                transpose(block, b.keys + i * KEYS + j, KEYS);
-                for (int line = 0; line < 8; ++line) ahead();
-            }
-        for (long j = 0; j < KEYS; j += PER_WORD<W>)
-            for (long i = 0; i < lanes; i += 2 * LANES) {
-                const E *a = row[j] + op.value_offset + i, *next = row[j + PER_WORD<W> - 1] + op.value_offset + i;
-                put_values<W>(a, next, op.head - i, b.values + j / PER_WORD<W> * lanes + i);
-                ahead();
-            }
-    }
-
-    template <Words W, class E>
-    U16 key_words(const E* key, long word) const {
-        const long left = op.head - word * PER_WORD<W>;
-        if constexpr (W == FLOATS) {
-            return as<U16>(get(key + word, left));
-        } else {
-            if (left >= 2 * LANES) return pairs_of(key + 2 * word);
-            E some[2 * LANES] = {};
-            memcpy(some, key + 2 * word, left * sizeof(E));
-            return pairs_of(some);
-        }
-    }
-
-    // Up to 32 values of one token, or of two side by side.
-    template <Words W, class E>
-    void put_values(const E* a, const E* b, long left, uint32_t* to) const {
-        if constexpr (W == FLOATS) {
-            for (long i = 0; i < least(left, 2 * LANES); i += LANES) store(to + i, get(a + i, left - i));
-        } else {
-            if (left >= 2 * LANES) return put_side_by_side(a, b, to);
-            E first[2 * LANES] = {}, second[2 * LANES] = {};
-            memcpy(first, a, left * sizeof(E)), memcpy(second, b, left * sizeof(E));
-            for (long i = 0; i < left; i += LANES) store(to + i, side_by_side(first + i, second + i));
-        }
     }
 
     // What a key's scores and a value's weights are multiplied with where those are codes.
     struct Scales {
-        float key[KEYS], value[KEYS];
+        const float *key, *value;
     };
 
-    // Scores to weights of one block for one row; rescales what the row has so far.
+    // Scores to weights of one block for one row.
     template <Words W>
-    void weigh(float* scores, uint32_t* weights, float* unit, const Scales& scales, long from, long low, long high, const State& s,
-               long r) const {
+    void weigh(const Unit& u, const Scales& scales, long from, const Buffers& b, long r) const {
+        constexpr long words = PLANES<W> * KEYS / PER_WORD<W>;
+        uint32_t* weights = b.weights + r * words;
+        const State& s = b.chunk;
+        const long row = u.first + r / group, low = most(first_key(row), u.low), high = last_key(row);
+        b.keep[r] = 1;
+        if (high < from || low >= from + KEYS) {
+            memset(weights, 0, words * 4);
+            b.units[r] = 0;
+            return;
+        }
         F16 v[KEYS / LANES];
-        static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const I16 lane = load<I16>(counted);
         F16 top = splat(-__builtin_inff());
         for (long i = 0; i < KEYS / LANES; ++i) {
-            const I16 at = lane + int32_t(from + i * LANES);
-            v[i] = get(scores + i * LANES);
-            if constexpr (W == PAIRS_OF_INTS) v[i] = v[i] * get(scales.key + i * LANES);
-            v[i] = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), v[i], splat(-__builtin_inff()));
+            v[i] = get(b.scores + r * KEYS + i * LANES);
+            if constexpr (W == QUADS_OF_BYTES) v[i] = v[i] * (b.query_units[r] * get(scales.key + i * LANES));
+            if (low > from || high < from + KEYS - 1) {
+                static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                const I16 at = load<I16>(counted) + int32_t(from + i * LANES);
+                v[i] = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), v[i], splat(-__builtin_inff()));
+            }
             top = larger(v[i], top);
         }
         const float block_top = maximum(top), now = block_top > s.top[r] ? block_top : s.top[r];
-        const float keep = lane_zero(exponential(splat(s.top[r] - now)));
+        if (now != s.top[r]) b.keep[r] = lane_zero(exponential(splat(s.top[r] - now)));
         F16 total = zero();
         for (long i = 0; i < KEYS / LANES; ++i) {
             v[i] = exponential(v[i] - now);
@@ -222,98 +220,109 @@ struct Attention {
             }
             total = total + v[i];
         }
-        if constexpr (W == PAIRS_OF_INTS) *unit = round_weights(v, scales.value, weights);
-        s.weight[r] = s.weight[r] * keep + sum(total);
-        if (keep != 1.0f)
-            for (long i = 0; i < lanes; i += LANES) put(s.acc + r * lanes + i, get(s.acc + r * lanes + i) * keep);
+        if constexpr (W == QUADS_OF_BYTES) b.units[r] = round_weights(v, scales.value, reinterpret_cast<int8_t*>(weights));
+        s.weight[r] = s.weight[r] * b.keep[r] + sum(total);
         s.top[r] = now;
     }
 
-    float round_weights(F16 (&v)[KEYS / LANES], const float* scales, uint32_t* to) const {
+    // Into two bytes each, of which the lower one has no sign.
+    float round_weights(F16 (&v)[KEYS / LANES], const float* scales, int8_t* to) const {
         F16 top = zero();
         for (long i = 0; i < KEYS / LANES; ++i) {
             v[i] = v[i] * get(scales + i * LANES);
             top = larger(v[i], top);
         }
-        const float largest = maximum(top), inverse = largest > 0 ? 32767.0f / largest : 0;
-        for (long i = 0; i < KEYS / LANES; ++i) put_shorts(to + i * LANES / 2, as<U16>(rounded(v[i] * inverse)));
-        return largest / 32767.0f;
+        const float largest = maximum(top), inverse = largest > 0 ? 65535.0f / largest : 0;
+        for (long i = 0; i < KEYS / LANES; ++i) {
+            const I16 code = rounded(v[i] * inverse);
+            put_bytes(to + i * LANES, code >> 8);
+            put_bytes(to + KEYS + i * LANES, code);
+        }
+        return largest / 65535.0f;
     }
 
     Buffers buffers() const {
-        const long rows = rows_at_once(), widened = op.scales ? KEYS * op.width : 0;
-        const size_t words = 2 * KEYS * lanes + 2 * rows * KEYS + 2 * rows * lanes + 2 * rows + State::floats(rows, lanes) +
-                             (widened + op.width) * sizeof(T) / 4 + 2 * LANES;
+        const long rows = rows_at_once(), wide = 2 * KEYS * lanes;
+        const size_t words = rows * (inner<OWN>() + code_words() + 2 * KEYS + 3) + State::floats(rows, lanes) +
+                             (wide + lanes) * sizeof(Wide) / 4 + 8 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
-        const auto take = [&](long count) { return (at += count) - count; };
+        const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
+        const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
-        b.keys = take(KEYS * lanes), b.values = take(KEYS * lanes), b.weights = take(rows * KEYS);
-        b.scores = reinterpret_cast<float*>(take(rows * KEYS));
-        b.chunk = State::in(reinterpret_cast<float*>(take(State::floats(rows, lanes))), rows, lanes);
-        b.queries = take(rows * lanes), b.codes = take(rows * lanes);
-        b.units = reinterpret_cast<float*>(take(rows)), b.query_units = reinterpret_cast<float*>(take(rows));
-        b.rows = reinterpret_cast<T*>(at), b.nothing = b.rows + widened;
-        memset(b.nothing, 0, op.width * sizeof(T));
+        b.queries = take(rows * inner<OWN>()), b.codes = take(rows * code_words()), b.weights = take(rows * KEYS);
+        b.scores = floats(rows * KEYS), b.keep = floats(rows), b.units = floats(rows), b.query_units = floats(rows);
+        b.chunk = State::in(floats(State::floats(rows, lanes)), rows, lanes);
+        b.rows = reinterpret_cast<Wide*>(at), b.nothing = b.rows + wide;
+        memset(b.nothing, 0, lanes * sizeof(Wide));
         return b;
     }
 
     long tokens_at_once() const { return most(1, TILE / group); }
     long rows_at_once() const { return tokens_at_once() * group; }
 
-    // A block of rows that were gathered, onto b.chunk.
+    // A block of keys onto b.chunk. Those that nobody sees are left out where whole tiles of them are.
     template <Words W>
-    void walk_block(const Unit& u, long from, const Scales& scales, const Buffers& b, Ahead& ahead) const {
-        const long rows = u.count * group, width = KEYS / PER_WORD<W>;
-        const Left queries = W == PAIRS_OF_INTS ? Left{b.codes, inner<W>(), b.query_units} : Left{b.queries, inner<W>(), nullptr};
-        multiply<W>(rows, KEYS, queries, {b.keys, KEYS}, inner<W>(), b.scores, KEYS, false, ahead);
-        for (long r = 0; r < rows; ++r) {
-            const long row = u.first + r / group, low = most(first_key(row), u.low), high = last_key(row);
-            if (high < from || low >= from + KEYS) {
-                memset(b.weights + r * width, 0, width * 4);
-                b.units[r] = 0;
-            } else {
-                weigh<W>(b.scores + r * KEYS, b.weights + r * width, b.units + r, scales, from, low, high, b.chunk, r);
-            }
-        }
-        multiply<W>(rows, lanes, {b.weights, width, b.units}, {b.values, lanes}, width, b.chunk.acc, lanes, true, ahead);
+    void walk_block(const Unit& u, long from, const Found& found, const Block<W>& block, const Scales& scales, const Buffers& b,
+                    Ahead& ahead) const {
+        constexpr bool codes = W == QUADS_OF_BYTES;
+        const long rows = u.count * group, first = found.first / EDGE * EDGE, last = (found.last + EDGE - 1) / EDGE * EDGE;
+        const Queries queries = {codes ? b.codes : b.queries, codes ? code_words() : inner<W>()};
+        const long steps = (rows * PLANES<W> + SCORED - 1) / SCORED * KEYS / ABREAST * inner<W>() / LANES +
+                           (rows * PLANES<W> + MIXED - 1) / MIXED * lanes / COLUMN * KEYS / PER_WORD<W>;
+        ahead.burst = ((ahead.last - ahead.row) * ahead.bytes / Ahead::LINE + steps - 1) / steps;
+        for (long k = first; k < last; k += EDGE) score_rows<W>(rows, queries, block.key, k, k + EDGE, inner<W>(), b.scores, ahead);
+        for (long r = 0; r < rows; ++r) weigh<W>(u, scales, from, b, r);
+        for (long i = 0; i < lanes; i += COLUMN)
+            mix_rows<W>(rows, {b.weights, b.keep, b.units}, block.value, i, first / PER_WORD<W>, last / PER_WORD<W>,
+                        b.chunk.acc + i, lanes, ahead);
     }
 
-    void walk_own_block(const Unit& u, long from, const Buffers& b, Ahead& ahead) const {
-        const T* row[KEYS];
+    void walk_own_block(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
+        Block<OWN> block;
         for (long j = 0; j < KEYS; ++j) {
-            const bool seen = from + j >= u.low && from + j < u.high;
-            row[j] = seen ? own_row(u, from + j, b.rows + j * op.width) : b.nothing;
+            const bool seen = j >= found.first && j < found.last;
+            block.key[j] = seen ? slice(found.row[j], found.scale[j], op.key_offset, b.rows + j * lanes) : b.nothing;
+            block.value[j] = seen ? slice(found.row[j], found.scale[j], op.value_offset, b.rows + (KEYS + j) * lanes) : b.nothing;
         }
-        gather_block<OWN>(row, b, ahead);
-        walk_block<OWN>(u, from, {}, b, ahead);
+        walk_block(u, from, found, block, {}, b, ahead);
     }
 
-    void walk_coded_block(const Unit& u, long from, const Buffers& b, Ahead& ahead) const {
-        const int8_t* row[KEYS];
-        Scales scales = {};
+    void walk_coded_block(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
+        const long key_part = op.key_offset >= op.split, value_part = op.value_offset >= op.split;
+        Block<QUADS_OF_BYTES> block;
+        alignas(64) float keys[KEYS], values[KEYS];
         for (long j = 0; j < KEYS; ++j) {
-            row[j] = reinterpret_cast<const int8_t*>(b.nothing);
-            if (from + j < u.low || from + j >= u.high) continue;
-            const long at = place(u, from + j);
-            row[j] = static_cast<const int8_t*>(op.pages) + at * op.width;
-            scales.key[j] = op.scales[at * 2 + (op.key_offset >= op.split)];
-            scales.value[j] = op.scales[at * 2 + (op.value_offset >= op.split)];
+            const bool seen = j >= found.first && j < found.last;
+            const auto* row = reinterpret_cast<const int8_t*>(found.row[j]);
+            block.key[j] = seen ? row + op.key_offset : reinterpret_cast<const int8_t*>(b.nothing);
+            block.value[j] = seen ? row + op.value_offset : reinterpret_cast<const int8_t*>(b.nothing);
+            keys[j] = seen ? found.scale[j][key_part] : 0;
+            values[j] = seen ? found.scale[j][value_part] : 0;
         }
-        gather_block<PAIRS_OF_INTS>(row, b, ahead);
-        walk_block<PAIRS_OF_INTS>(u, from, scales, b, ahead);
+        walk_block(u, from, found, block, {keys, values}, b, ahead);
     }
 
     // The keys of one chunk, from nothing, into b.chunk. This thread goes on up to the key `until`.
     void walk_chunk(const Unit& u, long chunk, long until, const Buffers& b) const {
+        Found blocks[2], *now = blocks, *next = blocks + 1;
         Ahead ahead;
         b.chunk.clear(u.count * group, lanes);
-        for (long from = most(chunk * CHUNK, u.low / KEYS * KEYS); from < least((chunk + 1) * CHUNK, u.high); from += KEYS) {
-            look_ahead(u, from + KEYS, until, ahead);
-            if (whole && is_past(u, least(from + KEYS, u.high) - 1))
-                walk_coded_block(u, from, b, ahead);
-            else
-                walk_own_block(u, from, b, ahead);
+        const long begin = most(chunk * CHUNK, u.low / KEYS * KEYS);
+        find(u, begin, u.high, *now);
+        for (long from = begin; from < least((chunk + 1) * CHUNK, u.high); from += KEYS) {
+            find(u, from + KEYS, until, *next);
+            look_ahead(*next, ahead);
+            walk_found(u, from, *now, b, ahead);
+            Found* done = now;
+            now = next, next = done;
         }
+    }
+
+    void walk_found(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
+        if constexpr (BYTES) {
+            if (whole && found.scale[found.last - 1]) return walk_coded_block(u, from, found, b, ahead);
+        }
+        walk_own_block(u, from, found, b, ahead);
     }
 
     void finish(const Unit& u, long r, const State& s) const {
@@ -376,14 +385,18 @@ struct Attention {
         const size_t size = State::floats(rows_at_once(), lanes);
         auto* partial = static_cast<float*>(scratch(HIDDEN, first[n] * size * 4));
         parallel(first[n], [&](long item, long end) {
+            Buffers b = buffers();
             long i = 0;
             while (item >= first[i + 1]) ++i;
-            const Unit& u = units[i];
-            Buffers b = buffers();
-            b.chunk = State::in(partial + item * size, u.count * group, lanes);
-            gather_queries(u, b);
-            const long chunk = u.low / CHUNK + item - first[i];
-            walk_chunk(u, chunk, least(u.high, (chunk + end - item) * CHUNK), b);
+            for (; item < end; ++i) {
+                const Unit& u = units[i];
+                gather_queries(u, b);
+                for (; item < least(end, first[i + 1]); ++item) {
+                    b.chunk = State::in(partial + item * size, u.count * group, lanes);
+                    const long chunk = u.low / CHUNK + item - first[i];
+                    walk_chunk(u, chunk, least(u.high, (chunk + end - item) * CHUNK), b);
+                }
+            }
         });
         const long rows = rows_at_once();
         parallel(n * rows, [&](long item) {

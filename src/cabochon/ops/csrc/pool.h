@@ -22,19 +22,18 @@ uint64_t read_through(const void* data, size_t bytes);
 // Calls work(context, first, last) for runs of items.
 void run_items(long items, void (*work)(void* context, long first, long last), void* context);
 
-// work(item) for every item in [0, items), in any order, on all threads; returns when all are done. Where `work` wants to
-// know, it is also told where the run of items ends that this thread is at.
+// work(item) for every item in [0, items), in any order, on all threads, or work(first, last) for runs of them; returns when
+// all are done.
 template <class Work>
 void parallel(long items, const Work& work) {
     run_items(
         items,
         [](void* context, long first, long last) {
             const Work& work = *static_cast<const Work*>(context);
-            for (long item = first; item < last; ++item)
-                if constexpr (requires { work(item, last); })
-                    work(item, last);
-                else
-                    work(item);
+            if constexpr (requires { work(first, last); })
+                work(first, last);
+            else
+                for (long item = first; item < last; ++item) work(item);
         },
         const_cast<Work*>(&work));
 }

@@ -69,6 +69,7 @@ OPERATOR(*)
 OPERATOR(/)
 OPERATOR(&)
 OPERATOR(|)
+OPERATOR(^)
 #undef OPERATOR
 #define SHIFT(op)                                                                                                        \
     template <class E>                                                                                                   \
