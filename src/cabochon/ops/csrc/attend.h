@@ -1,23 +1,23 @@
 // Attention over pages and the step's own rows, for decode and prefill alike.
 //
-// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against blocks of 64 keys. Blocks and
-// chunks of blocks begin at fixed absolute positions, each chunk is summed up on its own (online softmax) and chunks are
-// merged in order: so a row's result does not depend on the rows beside it, on how the prompt was cut into steps, nor on
-// whether one thread walked all chunks or several shared them.
+// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against chunks of 256 keys. Chunks begin at
+// fixed absolute positions, each is summed up on its own and they are merged in order (online softmax): so a row's result does
+// not depend on the rows beside it, on how the prompt was cut into steps, nor on whether one thread walked all chunks or
+// several shared them.
 //
-// Blocks that lie whole in pages of 8 bits are multiplied in integers where the CPU can: codes as they are, queries and
-// weights rounded to 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
+// Keys in pages of 8 bits are multiplied in integers where the CPU can, in blocks of 64 that lie whole in pages: codes as they
+// are, queries and weights rounded to 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
 #pragma once
 
 #include "attend_tiles.h"
 
 namespace {
 
-constexpr long CHUNK = 256, TILE = 48;
+constexpr long TILE = 48, CODED = 64;
 constexpr size_t SHARED_BYTES = 16 << 20;  // of chunks' results while threads share them out
-constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are left out together
+constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are scored, or left out, together
 
-// What a unit keeps: the state of the online softmax of its rows.
+// What a chunk comes to, or several: the state of the online softmax of a unit's rows.
 struct State {
     float *acc, *top, *weight;  // [rows, head], [rows], [rows]
 
@@ -43,17 +43,15 @@ struct State {
     }
 };
 
-// Rows of a block where they lie, or where they were widened to.
-template <Words W>
-struct Block {
-    const Number<W>*key[KEYS], *value[KEYS];
-};
-
-// Where the rows of a block lie, and the scales of those in 8 bits; only [first, last) of them are seen.
+// Where the rows of a chunk lie, and the scales of those in 8 bits. Only the keys [first, last) of it are seen; those before
+// `coded` are multiplied as codes.
 struct Found {
     const char* row[KEYS];
     const float* scale[KEYS];
-    long first, last;
+    long first, last, coded;
+
+    long begin() const { return first / EDGE * EDGE; }
+    long end() const { return (last + EDGE - 1) / EDGE * EDGE; }
 };
 
 template <class T>
@@ -69,10 +67,10 @@ struct Attention {
     };
 
     struct Buffers {
-        uint32_t *queries, *codes, *weights;
-        float *scores, *keep, *units, *query_units;  // what an integer is worth, of a row's weights and of its query
+        uint32_t *queries, *weights, *coded_queries, *coded_weights;
+        float *scores, *query_units, *units, *key_scales, *value_scales;  // what an integer is worth, of a row's query and weights
         State chunk;
-        Wide *rows, *nothing;  // keys and values that don't lie as they are read; a row of zeros
+        Wide *copies, *nothing;  // of keys, or of a column of values, that don't lie as they are read; a row of zeros
     };
 
     explicit Attention(const Attend& op)
@@ -96,47 +94,47 @@ struct Attention {
             page = op.table + u.request * op.table_width + past / op.slots, slot = past % op.slots;
         }
         found.first = low - from, found.last = least(KEYS, until - from);
+        found.coded = !whole ? 0 : context - from >= found.last ? KEYS : most(context - from, 0) / CODED * CODED;
         for (long j = found.first; j < found.last; ++j) {
             if (from + j >= context) {
                 const long row = op.start[u.request] + from + j - context;
-                found.row[j] = reinterpret_cast<const char*>(static_cast<const T*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width);
+                found.row[j] = static_cast<const char*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width * sizeof(T);
                 found.scale[j] = nullptr;
                 continue;
             }
             const long row = (*page * op.slots + slot) * op.kv_heads + u.kv_head;
-            found.row[j] = static_cast<const char*>(op.pages) + row * row_bytes();
+            found.row[j] = static_cast<const char*>(op.pages) + row * op.width * stored();
             found.scale[j] = op.scales ? op.scales + row * 2 : nullptr;
             if (++slot == op.slots) slot = 0, ++page;
         }
     }
-    long row_bytes() const { return op.width * (op.scales ? 1 : sizeof(T)); }
+    long stored() const { return op.scales ? 1 : sizeof(T); }  // bytes of a number in the pages
 
-    // A slice of a token's row: where it lies if it can be read there, else put into `space`.
-    const Wide* slice(const char* row, const float* scale, long offset, Wide* space) const {
-        const T* from = reinterpret_cast<const T*>(row) + offset;
-        if constexpr (sizeof(T) == sizeof(Wide)) {
-            if (!scale && lanes == op.head) return reinterpret_cast<const Wide*>(from);
-        }
-        for (long i = op.head / LANES * LANES; i < lanes; i += LANES) put(space + i, zero());
+    // Can the numbers of a row be read where they lie?
+    bool lies_ready(const float* scale) const { return sizeof(T) == sizeof(Wide) && !scale && lanes == op.head; }
+
+    // The numbers [begin, end) of a row and zeros after them, `room` in all.
+    void copy(const char* row, const float* scale, long begin, long end, Wide* to, long room) const {
+        for (long i = most(end - begin, 0) / LANES * LANES; i < room; i += LANES) put(to + i, zero());
         if (!scale) {
-            for (long i = 0; i < op.head; i += LANES) put(space + i, get(from + i, op.head - i), op.head - i);
-            return space;
+            const T* from = reinterpret_cast<const T*>(row);
+            for (long i = begin; i < end; i += LANES) put(to + i - begin, get(from + i, end - i), end - i);
+            return;
         }
-        const auto* codes = reinterpret_cast<const int8_t*>(row);
+        const auto* from = reinterpret_cast<const int8_t*>(row);
         for (long part = 0; part < 2; ++part) {
-            const long until = least(offset + op.head, part ? op.width : op.split);
-            for (long i = most(offset, part * op.split); i < until; i += LANES)
-                put(space + i - offset, get(codes + i, until - i) * scale[part], until - i);
+            const long until = part ? end : least(end, op.split);
+            for (long i = most(begin, part * op.split); i < until; i += LANES)
+                put(to + i - begin, get(from + i, until - i) * scale[part], until - i);
         }
-        return space;
     }
 
-    // The rows that come next: they lie on pages here and there, where the CPU looks for none by itself.
-    void look_ahead(const Found& next, Ahead& ahead) const {
+    // What comes next lies on pages here and there, where the CPU looks for none by itself: the keys or values of `next`, to be
+    // asked for in as many `steps`.
+    void look_ahead(const Found& next, long offset, long steps, Ahead& ahead) const {
         ahead.row = next.row + next.first, ahead.last = next.row + most(next.first, next.last), ahead.at = ahead.end;
-        ahead.bytes = row_bytes();
-        for (long j = next.first; j < next.last; j += Ahead::LINE / (2 * sizeof(float)))
-            if (next.scale[j]) __builtin_prefetch(next.scale[j]);
+        ahead.offset = offset * stored(), ahead.bytes = op.head * stored();
+        ahead.burst = ((ahead.last - ahead.row) * ahead.bytes / Ahead::LINE + steps - 1) / steps;
     }
 
     long last_key(long row) const { return op.window ? op.see_until[row] : op.position[row]; }
@@ -149,7 +147,7 @@ struct Attention {
             const T* q = static_cast<const T*>(op.q) + (token * op.heads + head) * op.head;
             auto* to = reinterpret_cast<Wide*>(b.queries + r * inner<OWN>());
             for (long i = 0; i < lanes; i += LANES) put(to + i, i < op.head ? get(q + i, op.head - i) : zero());
-            if (whole) b.query_units[r] = round_query(q, b.codes + r * code_words());
+            if (whole) b.query_units[r] = round_query(q, b.coded_queries + r * code_words());
         }
     }
 
@@ -176,83 +174,76 @@ struct Attention {
         return largest / limit + sum(odd);
     }
 
-    // What a key's scores and a value's weights are multiplied with where those are codes.
-    struct Scales {
-        const float *key, *value;
-    };
-
-    // Scores to weights of one block for one row.
-    template <Words W>
-    void weigh(const Unit& u, const Scales& scales, long from, const Buffers& b, long r) const {
-        constexpr long words = PLANES<W> * KEYS / PER_WORD<W>;
-        uint32_t* weights = b.weights + r * words;
-        const State& s = b.chunk;
-        const long row = u.first + r / group, low = most(first_key(row), u.low), high = last_key(row);
-        b.keep[r] = 1;
-        if (high < from || low >= from + KEYS) {
-            memset(weights, 0, words * 4);
-            b.units[r] = 0;
+    // Scores to weights of one chunk for one row.
+    void weigh(const Unit& u, const Found& found, long from, const State& s, const Buffers& b, long r) const {
+        float* v = b.scores + r * KEYS;
+        uint32_t* weights = b.weights + r * KEYS / PER_WORD<OWN>;
+        auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 2);
+        const long row = u.first + r / group, low = first_key(row) - from, high = last_key(row) - from;
+        const long begin = found.first / LANES * LANES, end = found.last;
+        if (high < found.first || low >= found.last) {
+            s.top[r] = -__builtin_inff(), s.weight[r] = b.units[r] = 0;
+            memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, 2 * KEYS);
             return;
         }
-        F16 v[KEYS / LANES];
-        F16 top = splat(-__builtin_inff());
-        for (long i = 0; i < KEYS / LANES; ++i) {
-            v[i] = get(b.scores + r * KEYS + i * LANES);
-            if constexpr (W == QUADS_OF_BYTES) v[i] = v[i] * (b.query_units[r] * get(scales.key + i * LANES));
-            if (low > from || high < from + KEYS - 1) {
+        F16 top = splat(-__builtin_inff()), total = zero(), heaviest = zero();
+        const long seen_from = most(low, found.first), seen_to = least(high, found.last - 1);
+        for (long i = begin; i < end; i += LANES) {
+            F16 score = get(v + i);
+            if (i < found.coded) score = score * (b.query_units[r] * get(b.key_scales + i));
+            if (seen_from > i || seen_to < i + LANES - 1) {
                 static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                const I16 at = load<I16>(counted) + int32_t(from + i * LANES);
-                v[i] = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), v[i], splat(-__builtin_inff()));
+                const I16 at = load<I16>(counted) + int32_t(i);
+                score = select((at >= splat(int32_t(seen_from))) & (splat(int32_t(seen_to)) >= at), score, splat(-__builtin_inff()));
             }
-            top = larger(v[i], top);
+            top = larger(score, top);
+            put(v + i, score);
         }
-        const float block_top = maximum(top), now = block_top > s.top[r] ? block_top : s.top[r];
-        if (now != s.top[r]) b.keep[r] = lane_zero(exponential(splat(s.top[r] - now)));
-        F16 total = zero();
-        for (long i = 0; i < KEYS / LANES; ++i) {
-            v[i] = exponential(v[i] - now);
-            if constexpr (W == PAIRS_OF_BF16) {
-                const U16 narrow_w = narrow(v[i]);
-                v[i] = widen(narrow_w);
-                put_shorts(weights + i * LANES / 2, narrow_w);
-            } else if constexpr (W == FLOATS) {
-                store(weights + i * LANES, v[i]);
+        s.top[r] = maximum(top);
+        for (long i = begin; i < end; i += LANES) {
+            F16 weight = exponential(get(v + i) - s.top[r]);
+            if (i < found.coded) {
+                const F16 scaled = weight * get(b.value_scales + i);
+                heaviest = larger(scaled, heaviest);
+                put(v + i, scaled);
+            } else if constexpr (OWN == PAIRS_OF_BF16) {
+                const U16 rounded_weight = narrow(weight);
+                weight = widen(rounded_weight);
+                put_shorts(weights + i / 2, rounded_weight);
+            } else {
+                store(weights + i, weight);
             }
-            total = total + v[i];
+            total = total + weight;
         }
-        if constexpr (W == QUADS_OF_BYTES) b.units[r] = round_weights(v, scales.value, reinterpret_cast<int8_t*>(weights));
-        s.weight[r] = s.weight[r] * b.keep[r] + sum(total);
-        s.top[r] = now;
+        s.weight[r] = sum(total);
+        if (begin < found.coded) b.units[r] = round_weights(v, begin, least(end, found.coded), maximum(heaviest), codes);
     }
 
-    // Into two bytes each, of which the lower one has no sign.
-    float round_weights(F16 (&v)[KEYS / LANES], const float* scales, int8_t* to) const {
-        F16 top = zero();
-        for (long i = 0; i < KEYS / LANES; ++i) {
-            v[i] = v[i] * get(scales + i * LANES);
-            top = larger(v[i], top);
-        }
-        const float largest = maximum(top), inverse = largest > 0 ? 65535.0f / largest : 0;
-        for (long i = 0; i < KEYS / LANES; ++i) {
-            const I16 code = rounded(v[i] * inverse);
-            put_bytes(to + i * LANES, code >> 8);
-            put_bytes(to + KEYS + i * LANES, code);
+    // Into two bytes each, of which the lower one has no sign. Returns what an integer is worth.
+    float round_weights(const float* v, long begin, long end, float largest, int8_t* to) const {
+        const float inverse = largest > 0 ? 65535.0f / largest : 0;
+        for (long i = begin; i < end; i += LANES) {
+            const I16 code = rounded(get(v + i) * inverse);
+            put_bytes(to + i, code >> 8);
+            put_bytes(to + KEYS + i, code);
         }
         return largest / 65535.0f;
     }
 
     Buffers buffers() const {
-        const long rows = rows_at_once(), wide = 2 * KEYS * lanes;
-        const size_t words = rows * (inner<OWN>() + code_words() + 2 * KEYS + 3) + State::floats(rows, lanes) +
-                             (wide + lanes) * sizeof(Wide) / 4 + 8 * LANES;
+        const long rows = rows_at_once(), wide = most(EDGE * lanes, KEYS * COLUMN);
+        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 2 + KEYS + 2) + 2 * KEYS +
+                             State::floats(rows, lanes) + (wide + lanes) * sizeof(Wide) / 4 + 10 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
         const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
-        b.queries = take(rows * inner<OWN>()), b.codes = take(rows * code_words()), b.weights = take(rows * KEYS);
-        b.scores = floats(rows * KEYS), b.keep = floats(rows), b.units = floats(rows), b.query_units = floats(rows);
+        b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
+        b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 2);
+        b.scores = floats(rows * KEYS), b.query_units = floats(rows), b.units = floats(rows);
+        b.key_scales = floats(KEYS), b.value_scales = floats(KEYS);
         b.chunk = State::in(floats(State::floats(rows, lanes)), rows, lanes);
-        b.rows = reinterpret_cast<Wide*>(at), b.nothing = b.rows + wide;
+        b.copies = reinterpret_cast<Wide*>(at), b.nothing = b.copies + wide;
         memset(b.nothing, 0, lanes * sizeof(Wide));
         return b;
     }
@@ -260,69 +251,97 @@ struct Attention {
     long tokens_at_once() const { return most(1, TILE / group); }
     long rows_at_once() const { return tokens_at_once() * group; }
 
-    // A block of keys onto b.chunk. Those that nobody sees are left out where whole tiles of them are.
-    template <Words W>
-    void walk_block(const Unit& u, long from, const Found& found, const Block<W>& block, const Scales& scales, const Buffers& b,
-                    Ahead& ahead) const {
-        constexpr bool codes = W == QUADS_OF_BYTES;
-        const long rows = u.count * group, first = found.first / EDGE * EDGE, last = (found.last + EDGE - 1) / EDGE * EDGE;
-        const Queries queries = {codes ? b.codes : b.queries, codes ? code_words() : inner<W>()};
-        const long steps = (rows * PLANES<W> + SCORED - 1) / SCORED * KEYS / ABREAST * inner<W>() / LANES +
-                           (rows * PLANES<W> + MIXED - 1) / MIXED * lanes / COLUMN * KEYS / PER_WORD<W>;
-        ahead.burst = ((ahead.last - ahead.row) * ahead.bytes / Ahead::LINE + steps - 1) / steps;
-        for (long k = first; k < last; k += EDGE) score_rows<W>(rows, queries, block.key, k, k + EDGE, inner<W>(), b.scores, ahead);
-        for (long r = 0; r < rows; ++r) weigh<W>(u, scales, from, b, r);
-        for (long i = 0; i < lanes; i += COLUMN)
-            mix_rows<W>(rows, {b.weights, b.keep, b.units}, block.value, i, first / PER_WORD<W>, last / PER_WORD<W>,
-                        b.chunk.acc + i, lanes, ahead);
-    }
-
-    void walk_own_block(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
-        Block<OWN> block;
-        for (long j = 0; j < KEYS; ++j) {
-            const bool seen = j >= found.first && j < found.last;
-            block.key[j] = seen ? slice(found.row[j], found.scale[j], op.key_offset, b.rows + j * lanes) : b.nothing;
-            block.value[j] = seen ? slice(found.row[j], found.scale[j], op.value_offset, b.rows + (KEYS + j) * lanes) : b.nothing;
+    // Scores of the keys [begin, end) of a chunk; those that nobody sees are zeros.
+    void score_own(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
+        for (long k = begin; k < end; k += EDGE) {
+            const Wide* key[EDGE];
+            for (long j = k; j < k + EDGE; ++j) {
+                key[j - k] = b.nothing;
+                if (j < found.first || j >= found.last) continue;
+                key[j - k] = reinterpret_cast<const Wide*>(found.row[j]) + op.key_offset;
+                if (lies_ready(found.scale[j])) continue;
+                Wide* to = b.copies + (j - k) * lanes;
+                copy(found.row[j], found.scale[j], op.key_offset, op.key_offset + op.head, to, lanes);
+                key[j - k] = to;
+            }
+            score_rows<OWN>(rows, {b.queries, inner<OWN>()}, key, 0, EDGE, inner<OWN>(), b.scores + k, ahead);
         }
-        walk_block(u, from, found, block, {}, b, ahead);
     }
 
-    void walk_coded_block(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
+    void score_coded(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
         const long key_part = op.key_offset >= op.split, value_part = op.value_offset >= op.split;
-        Block<QUADS_OF_BYTES> block;
-        alignas(64) float keys[KEYS], values[KEYS];
-        for (long j = 0; j < KEYS; ++j) {
+        for (long k = begin; k < end; k += EDGE) {
+            const int8_t* key[EDGE];
+            for (long j = k; j < k + EDGE; ++j) {
+                const bool seen = j >= found.first && j < found.last;
+                key[j - k] = seen ? reinterpret_cast<const int8_t*>(found.row[j]) + op.key_offset : reinterpret_cast<const int8_t*>(b.nothing);
+                b.key_scales[j] = seen ? found.scale[j][key_part] : 0;
+                b.value_scales[j] = seen ? found.scale[j][value_part] : 0;
+            }
+            score_rows<QUADS_OF_BYTES>(rows, {b.coded_queries, code_words()}, key, 0, EDGE, inner<QUADS_OF_BYTES>(), b.scores + k, ahead);
+        }
+    }
+
+    // Values of the keys [begin, end), to or onto a chunk's result.
+    void mix_own(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
+        const Wide* value[KEYS];
+        bool ready = true;
+        for (long j = begin; j < end; ++j) {
             const bool seen = j >= found.first && j < found.last;
-            const auto* row = reinterpret_cast<const int8_t*>(found.row[j]);
-            block.key[j] = seen ? row + op.key_offset : reinterpret_cast<const int8_t*>(b.nothing);
-            block.value[j] = seen ? row + op.value_offset : reinterpret_cast<const int8_t*>(b.nothing);
-            keys[j] = seen ? found.scale[j][key_part] : 0;
-            values[j] = seen ? found.scale[j][value_part] : 0;
+            value[j] = seen ? reinterpret_cast<const Wide*>(found.row[j]) + op.value_offset : b.nothing;
+            ready = ready && (!seen || lies_ready(found.scale[j]));
         }
-        walk_block(u, from, found, block, {keys, values}, b, ahead);
+        for (long i = 0; i < lanes; i += COLUMN) {
+            const long from = op.value_offset + i, until = op.value_offset + least(op.head, i + COLUMN);
+            for (long j = begin; !ready && j < end; ++j) {
+                value[j] = b.copies + j * COLUMN;
+                if (j >= found.first && j < found.last)
+                    copy(found.row[j], found.scale[j], from, until, b.copies + j * COLUMN, COLUMN);
+                else
+                    memset(b.copies + j * COLUMN, 0, COLUMN * sizeof(Wide));
+            }
+            mix_rows<OWN>(rows, {b.weights, b.units}, value, ready ? i : 0, begin / PER_WORD<OWN>, end / PER_WORD<OWN>, s.acc + i, lanes,
+                          onto, ahead);
+        }
     }
 
-    // The keys of one chunk, from nothing, into b.chunk. This thread goes on up to the key `until`.
-    void walk_chunk(const Unit& u, long chunk, long until, const Buffers& b) const {
-        Found blocks[2], *now = blocks, *next = blocks + 1;
+    void mix_coded(long rows, const Found& found, long begin, long end, const State& s, const Buffers& b, Ahead& ahead) const {
+        constexpr long four = PER_WORD<QUADS_OF_BYTES>;
+        const int8_t* value[KEYS];
+        for (long j = begin; j < end; ++j) {
+            const bool seen = j >= found.first && j < found.last;
+            value[j] = seen ? reinterpret_cast<const int8_t*>(found.row[j]) + op.value_offset : reinterpret_cast<const int8_t*>(b.nothing);
+        }
+        for (long i = 0; i < lanes; i += COLUMN)
+            mix_rows<QUADS_OF_BYTES>(rows, {b.coded_weights, b.units}, value, i, begin / four, end / four, s.acc + i, lanes, false, ahead);
+    }
+
+    // A chunk of keys into `s`. Its keys have been asked for; while it is scored its values are, then the keys of the next one.
+    void walk_chunk(const Unit& u, long chunk, const Found& found, const Found& next, const State& s, const Buffers& b) const {
+        const long rows = u.count * group, begin = found.begin(), end = found.end();
+        const long coded = least(most(found.coded, begin), end), steps = most(rows * (end - begin) * lanes / 512, 1);
         Ahead ahead;
-        b.chunk.clear(u.count * group, lanes);
-        const long begin = most(chunk * CHUNK, u.low / KEYS * KEYS);
-        find(u, begin, u.high, *now);
-        for (long from = begin; from < least((chunk + 1) * CHUNK, u.high); from += KEYS) {
-            find(u, from + KEYS, until, *next);
-            look_ahead(*next, ahead);
-            walk_found(u, from, *now, b, ahead);
-            Found* done = now;
-            now = next, next = done;
-        }
+        look_ahead(found, op.value_offset, steps, ahead);
+        if constexpr (BYTES) score_coded(rows, found, begin, coded, b, ahead);
+        score_own(rows, found, coded, end, b, ahead);
+        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, s, b, r);
+        look_ahead(next, op.key_offset, steps, ahead);
+        if (BYTES && begin < coded) mix_coded(rows, found, begin, coded, s, b, ahead);
+        if (coded < end) mix_own(rows, found, coded, end, begin < coded, s, b, ahead);
     }
 
-    void walk_found(const Unit& u, long from, const Found& found, const Buffers& b, Ahead& ahead) const {
-        if constexpr (BYTES) {
-            if (whole && found.scale[found.last - 1]) return walk_coded_block(u, from, found, b, ahead);
+    // The chunks [first, last) of a unit, one after the other: state(chunk) says where to, done(chunk) is told.
+    template <class Where, class Done>
+    void walk(const Unit& u, long first, long last, const Buffers& b, const Where& state, const Done& done) const {
+        Found chunks[2];
+        const long until = least(u.high, last * KEYS);
+        find(u, first * KEYS, until, chunks[first & 1]);
+        gather_queries(u, b);
+        for (long chunk = first; chunk < last; ++chunk) {
+            find(u, (chunk + 1) * KEYS, until, chunks[~chunk & 1]);
+            walk_chunk(u, chunk, chunks[chunk & 1], chunks[~chunk & 1], state(chunk), b);
+            done(chunk);
         }
-        walk_own_block(u, from, found, b, ahead);
     }
 
     void finish(const Unit& u, long r, const State& s) const {
@@ -358,7 +377,7 @@ struct Attention {
         const long n = plan(units);
         auto* first = reinterpret_cast<long*>(units + most_units);
         first[0] = 0;
-        for (long i = 0; i < n; ++i) first[i + 1] = first[i] + (units[i].high - 1) / CHUNK - units[i].low / CHUNK + 1;
+        for (long i = 0; i < n; ++i) first[i + 1] = first[i] + (units[i].high - 1) / KEYS - units[i].low / KEYS + 1;
         const size_t partial = first[n] * State::floats(rows_at_once(), lanes) * sizeof(float);
         partial < SHARED_BYTES ? walk_chunks(units, n, first) : walk_units(units, n);
     }
@@ -369,13 +388,12 @@ struct Attention {
             const Unit& u = units[item];
             const long rows = u.count * group;
             const Buffers b = buffers();
-            gather_queries(u, b);
             const State all = State::in(static_cast<float*>(scratch(RESULT, 4 * State::floats(rows, lanes))), rows, lanes);
             all.clear(rows, lanes);
-            for (long chunk = u.low / CHUNK; chunk * CHUNK < u.high; ++chunk) {
-                walk_chunk(u, chunk, u.high, b);
+            const auto merge = [&](long) {
                 for (long r = 0; r < rows; ++r) all.merge(b.chunk, r, lanes);
-            }
+            };
+            walk(u, u.low / KEYS, (u.high - 1) / KEYS + 1, b, [&](long) { return b.chunk; }, merge);
             for (long r = 0; r < rows; ++r) finish(u, r, all);
         });
     }
@@ -385,17 +403,15 @@ struct Attention {
         const size_t size = State::floats(rows_at_once(), lanes);
         auto* partial = static_cast<float*>(scratch(HIDDEN, first[n] * size * 4));
         parallel(first[n], [&](long item, long end) {
-            Buffers b = buffers();
+            const Buffers b = buffers();
             long i = 0;
             while (item >= first[i + 1]) ++i;
             for (; item < end; ++i) {
                 const Unit& u = units[i];
-                gather_queries(u, b);
-                for (; item < least(end, first[i + 1]); ++item) {
-                    b.chunk = State::in(partial + item * size, u.count * group, lanes);
-                    const long chunk = u.low / CHUNK + item - first[i];
-                    walk_chunk(u, chunk, least(u.high, (chunk + end - item) * CHUNK), b);
-                }
+                const long zero = u.low / KEYS - first[i], last = least(end, first[i + 1]);  // item 0 would be this chunk
+                const auto state = [&](long chunk) { return State::in(partial + (chunk - zero) * size, u.count * group, lanes); };
+                walk(u, item + zero, last + zero, b, state, [](long) {});
+                item = last;
             }
         });
         const long rows = rows_at_once();

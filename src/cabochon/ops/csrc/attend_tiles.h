@@ -38,8 +38,8 @@ constexpr long PER_WORD = 4 / sizeof(Number<W>);
 template <Words W>
 constexpr int PLANES = W == QUADS_OF_BYTES ? 2 : 1;  // upper and lower bytes of what codes are multiplied by
 
-constexpr long KEYS = 64;             // of a block
-constexpr long COLUMN = 2 * LANES;    // numbers of a value that are summed together
+constexpr long KEYS = 256;          // of a chunk
+constexpr long COLUMN = 2 * LANES;  // numbers of a value that are summed together
 #if CABOCHON_AVX512
 constexpr bool BYTES = true;  // are there products of bytes?
 constexpr int ABREAST = 4, SCORED = 4, MIXED = 8;  // keys of a tile of scores; planes of a tile of scores, of values
@@ -56,14 +56,14 @@ constexpr int ABREAST = 2, SCORED = 1, MIXED = 1;
 struct Ahead {
     static constexpr long LINE = 64;
     const char *const *row = nullptr, *const *last = nullptr;  // rows to come
-    long bytes = 0, burst = 1;                                 // of a row; lines at a time
+    long offset = 0, bytes = 0, burst = 1;                     // what of a row; lines at a time
     const char *at = nullptr, *end = nullptr;
 
     inline __attribute__((always_inline)) void operator()() {
         for (long i = 0; i < burst; ++i) {
             if (at >= end) {
                 if (row == last) return;
-                at = *row++, end = at + bytes;
+                at = *row++ + offset, end = at + bytes;
             }
             __builtin_prefetch(at, 0, 2);
             at += LINE;
@@ -198,10 +198,10 @@ void score_rows(long rows, const Queries& q, const Number<W>* const* key, long f
     }
 }
 
-// Weights of a block's values: what a row has so far is multiplied by `keep`, and one of the weights' integers is worth `unit`.
+// Weights of a chunk's values; an integer among those of a row is worth `unit`.
 struct Weights {
     const uint32_t* words;  // [rows, PLANES, KEYS / PER_WORD]
-    const float *keep, *unit;
+    const float* unit;
 };
 
 // One column of PER_WORD values, side by side in words; `in_order` puts sums of such words where they belong.
@@ -240,9 +240,10 @@ INLINE void in_order([[maybe_unused]] S (&sums)[2]) {
 #endif
 }
 
-// R rows of weights over one column of the values [first, last) (in words), onto out[row * stride ..].
+// R rows of weights over one column of the values [first, last) (in words), to or onto out[row * stride ..].
 template <Words W, int R>
-void mix(const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out, long stride, Ahead& ahead) {
+void mix(const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out, long stride, bool onto,
+         Ahead& ahead) {
     constexpr long words = KEYS / PER_WORD<W>;
     typename In<W>::Sums sums[R][2], lower[R][2];
 #pragma GCC unroll 8
@@ -276,8 +277,9 @@ void mix(const Weights& w, const Number<W>* const* value, long column, long firs
 #pragma GCC unroll 8
         for (int c = 0; c < 2; ++c) {
             float* to = out + r * stride + c * LANES;
-            const F16 sum = as_floats(sums[r][c]);
-            put(to, fma(get(to), splat(w.keep[r]), W == QUADS_OF_BYTES ? sum * w.unit[r] : sum));
+            F16 sum = as_floats(sums[r][c]);
+            if constexpr (W == QUADS_OF_BYTES) sum = sum * w.unit[r];
+            put(to, onto ? get(to) + sum : sum);
         }
     }
 }
@@ -285,14 +287,12 @@ void mix(const Weights& w, const Number<W>* const* value, long column, long firs
 // All rows over one column.
 template <Words W, int R = MIXED / PLANES<W>>
 void mix_rows(long rows, const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out,
-              long stride, Ahead& ahead) {
-    constexpr long words = PLANES<W> * KEYS / PER_WORD<W>;
+              long stride, bool onto, Ahead& ahead) {
+    const auto from = [&](long row) { return Weights{w.words + row * PLANES<W> * KEYS / PER_WORD<W>, w.unit + row}; };
     long r = 0;
-    for (; r + R <= rows; r += R)
-        mix<W, R>({w.words + r * words, w.keep + r, w.unit + r}, value, column, first, last, out + r * stride, stride, ahead);
+    for (; r + R <= rows; r += R) mix<W, R>(from(r), value, column, first, last, out + r * stride, stride, onto, ahead);
     if constexpr (R > 1) {
-        if (r < rows)
-            mix_rows<W, R - 1>(rows - r, {w.words + r * words, w.keep + r, w.unit + r}, value, column, first, last, out + r * stride, stride, ahead);
+        if (r < rows) mix_rows<W, R - 1>(rows - r, from(r), value, column, first, last, out + r * stride, stride, onto, ahead);
     }
 }
 

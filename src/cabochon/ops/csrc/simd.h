@@ -186,7 +186,11 @@ typedef uint16_t ShortRun __attribute__((vector_size(REGISTER / 2)));
 INLINE void put_bytes(int8_t* to, I16 v) { EACH(i) store(to + i * WIDTH, __builtin_convertvector(v.part[i], ByteRun)); }
 INLINE I16 get_bytes(const int8_t* from) {
     I16 r;
+#if CABOCHON_AVX2
+    EACH(i) r.part[i] = (I16::Part)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * WIDTH)));
+#else
     EACH(i) r.part[i] = __builtin_convertvector(load<ByteRun>(from + i * WIDTH), I16::Part);
+#endif
     return r;
 }
 INLINE void put_shorts(void* to, U16 v) {
