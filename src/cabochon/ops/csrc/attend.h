@@ -43,15 +43,12 @@ struct State {
     }
 };
 
-// Where the rows of a chunk lie, and the scales of those in 8 bits. Only the keys [first, last) of it are seen; those before
-// `coded` are multiplied as codes.
+// Where the rows of a chunk lie, and the scales of those in 8 bits. Only the keys [first, last) of it are seen, [begin, end) are
+// filled up by rows of zeros; those before `coded` are multiplied as codes.
 struct Found {
     const char* row[KEYS];
     const float* scale[KEYS];
-    long first, last, coded;
-
-    long begin() const { return first / EDGE * EDGE; }
-    long end() const { return (last + EDGE - 1) / EDGE * EDGE; }
+    long first, last, begin, coded, end;
 };
 
 template <class T>
@@ -68,9 +65,10 @@ struct Attention {
 
     struct Buffers {
         uint32_t *queries, *weights, *coded_queries, *coded_weights;
-        float *scores, *query_units, *units, *key_scales, *value_scales;  // what an integer is worth, of a row's query and weights
+        float *scores, *query_units, *weight_units;  // the latter: what an integer of a row's query or weights is worth
         State chunk;
-        Wide *copies, *nothing;  // of keys, or of a column of values, that don't lie as they are read; a row of zeros
+        Wide* copies;  // of keys, or of a column of values, that don't lie as they are read
+        char* nothing;  // a row of zeros
     };
 
     explicit Attention(const Attend& op)
@@ -85,7 +83,8 @@ struct Attention {
     long code_words() const { return LANES + 2 * inner<QUADS_OF_BYTES>(); }
 
     // Where the keys [from, from + KEYS) of a unit lie, up to `until`: in the pages or among the step's rows.
-    void find(const Unit& u, long from, long until, Found& found) const {
+    void find(const Unit& u, long from, long until, const Buffers& b, Found& found) const {
+        static const float no_scales[2] = {0, 0};
         const long context = op.context[u.request], low = most(from, u.low);
         const int32_t* page = nullptr;
         long slot = 0;
@@ -93,46 +92,51 @@ struct Attention {
             const long past = low - op.first[u.request];
             page = op.table + u.request * op.table_width + past / op.slots, slot = past % op.slots;
         }
-        found.first = low - from, found.last = least(KEYS, until - from);
-        found.coded = !whole ? 0 : context - from >= found.last ? KEYS : most(context - from, 0) / CODED * CODED;
-        for (long j = found.first; j < found.last; ++j) {
-            if (from + j >= context) {
-                const long row = op.start[u.request] + from + j - context;
+        found.first = low - from, found.last = most(least(KEYS, until - from), found.first);
+        found.begin = found.first / EDGE * EDGE, found.end = (found.last + EDGE - 1) / EDGE * EDGE;
+        const long past = context - from;
+        found.coded = !whole ? 0 : past >= found.last ? found.end : most(past, 0) / CODED * CODED;
+        for (long j = found.begin; j < found.end; ++j) {
+            found.row[j] = b.nothing;
+            found.scale[j] = j < found.coded ? no_scales : nullptr;
+            if (j < found.first || j >= found.last) continue;
+            if (j >= past) {
+                const long row = op.start[u.request] + j - past;
                 found.row[j] = static_cast<const char*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width * sizeof(T);
-                found.scale[j] = nullptr;
                 continue;
             }
             const long row = (*page * op.slots + slot) * op.kv_heads + u.kv_head;
             found.row[j] = static_cast<const char*>(op.pages) + row * op.width * stored();
-            found.scale[j] = op.scales ? op.scales + row * 2 : nullptr;
+            if (op.scales) found.scale[j] = op.scales + row * 2;
             if (++slot == op.slots) slot = 0, ++page;
         }
     }
     long stored() const { return op.scales ? 1 : sizeof(T); }  // bytes of a number in the pages
 
-    // Can the numbers of a row be read where they lie?
-    bool lies_ready(const float* scale) const { return sizeof(T) == sizeof(Wide) && !scale && lanes == op.head; }
+    // Can the numbers of a row be read as words W where they lie?
+    template <Words W>
+    bool lies_ready(const float* scale) const {
+        return W == QUADS_OF_BYTES || (sizeof(T) == sizeof(Wide) && !scale && lanes == op.head);
+    }
 
     // The numbers [begin, end) of a row and zeros after them, `room` in all.
-    void copy(const char* row, const float* scale, long begin, long end, Wide* to, long room) const {
+    const Wide* copy(const char* row, const float* scale, long begin, long end, Wide* to, long room) const {
         for (long i = most(end - begin, 0) / LANES * LANES; i < room; i += LANES) put(to + i, zero());
-        if (!scale) {
-            const T* from = reinterpret_cast<const T*>(row);
-            for (long i = begin; i < end; i += LANES) put(to + i - begin, get(from + i, end - i), end - i);
-            return;
-        }
-        const auto* from = reinterpret_cast<const int8_t*>(row);
-        for (long part = 0; part < 2; ++part) {
+        const T* numbers = reinterpret_cast<const T*>(row);
+        for (long i = begin; !scale && i < end; i += LANES) put(to + i - begin, get(numbers + i, end - i), end - i);
+        const auto* codes = reinterpret_cast<const int8_t*>(row);
+        for (long part = 0; scale && part < 2; ++part) {
             const long until = part ? end : least(end, op.split);
             for (long i = most(begin, part * op.split); i < until; i += LANES)
-                put(to + i - begin, get(from + i, until - i) * scale[part], until - i);
+                put(to + i - begin, get(codes + i, until - i) * scale[part], until - i);
         }
+        return to;
     }
 
     // What comes next lies on pages here and there, where the CPU looks for none by itself: the keys or values of `next`, to be
     // asked for in as many `steps`.
     void look_ahead(const Found& next, long offset, long steps, Ahead& ahead) const {
-        ahead.row = next.row + next.first, ahead.last = next.row + most(next.first, next.last), ahead.at = ahead.end;
+        ahead.row = next.row + next.first, ahead.last = next.row + next.last, ahead.at = ahead.end;
         ahead.offset = offset * stored(), ahead.bytes = op.head * stored();
         ahead.burst = ((ahead.last - ahead.row) * ahead.bytes / Ahead::LINE + steps - 1) / steps;
     }
@@ -170,53 +174,63 @@ struct Attention {
             all = all + v;
         }
         store(to, splat(0));
-        *to = -128 * sum(all);
+        *to = -128u * uint32_t(sum(all));
         return largest / limit + sum(odd);
     }
 
+    // What the scores of a chunk's keys and the weights of its values are multiplied with where those are codes.
+    struct Scales {
+        alignas(64) float key[KEYS], value[KEYS];
+    };
+
+    void gather_scales(const Found& found, Scales& scales) const {
+        const long key = op.key_offset >= op.split, value = op.value_offset >= op.split;
+        for (long j = found.begin; j < found.coded; ++j)
+            scales.key[j] = found.scale[j][key], scales.value[j] = found.scale[j][value];
+    }
+
     // Scores to weights of one chunk for one row.
-    void weigh(const Unit& u, const Found& found, long from, const State& s, const Buffers& b, long r) const {
+    void weigh(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b, long r) const {
         float* v = b.scores + r * KEYS;
         uint32_t* weights = b.weights + r * KEYS / PER_WORD<OWN>;
         auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 2);
-        const long row = u.first + r / group, low = first_key(row) - from, high = last_key(row) - from;
-        const long begin = found.first / LANES * LANES, end = found.last;
-        if (high < found.first || low >= found.last) {
-            s.top[r] = -__builtin_inff(), s.weight[r] = b.units[r] = 0;
+        const long row = u.first + r / group, low = most(first_key(row) - from, found.first), high = least(last_key(row) - from, found.last - 1);
+        if (high < low) {
+            s.top[r] = -__builtin_inff(), s.weight[r] = b.weight_units[r] = 0;
             memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, 2 * KEYS);
             return;
         }
+        const long begin = found.begin / LANES * LANES;
         F16 top = splat(-__builtin_inff()), total = zero(), heaviest = zero();
-        const long seen_from = most(low, found.first), seen_to = least(high, found.last - 1);
-        for (long i = begin; i < end; i += LANES) {
+        for (long i = begin; i < found.end; i += LANES) {
             F16 score = get(v + i);
-            if (i < found.coded) score = score * (b.query_units[r] * get(b.key_scales + i));
-            if (seen_from > i || seen_to < i + LANES - 1) {
+            if (i < found.coded) score = score * (b.query_units[r] * get(scales.key + i));
+            if (low > i || high < i + LANES - 1) {
                 static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
                 const I16 at = load<I16>(counted) + int32_t(i);
-                score = select((at >= splat(int32_t(seen_from))) & (splat(int32_t(seen_to)) >= at), score, splat(-__builtin_inff()));
+                score = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), score, splat(-__builtin_inff()));
             }
             top = larger(score, top);
             put(v + i, score);
         }
         s.top[r] = maximum(top);
-        for (long i = begin; i < end; i += LANES) {
+        for (long i = begin; i < found.end; i += LANES) {
             F16 weight = exponential(get(v + i) - s.top[r]);
             if (i < found.coded) {
-                const F16 scaled = weight * get(b.value_scales + i);
+                const F16 scaled = weight * get(scales.value + i);
                 heaviest = larger(scaled, heaviest);
                 put(v + i, scaled);
             } else if constexpr (OWN == PAIRS_OF_BF16) {
-                const U16 rounded_weight = narrow(weight);
-                weight = widen(rounded_weight);
-                put_shorts(weights + i / 2, rounded_weight);
+                const U16 narrow_weight = narrow(weight);
+                weight = widen(narrow_weight);
+                put_shorts(weights + i / 2, narrow_weight);
             } else {
                 store(weights + i, weight);
             }
             total = total + weight;
         }
         s.weight[r] = sum(total);
-        if (begin < found.coded) b.units[r] = round_weights(v, begin, least(end, found.coded), maximum(heaviest), codes);
+        if (begin < found.coded) b.weight_units[r] = round_weights(v, begin, found.coded, maximum(heaviest), codes);
     }
 
     // Into two bytes each, of which the lower one has no sign. Returns what an integer is worth.
@@ -232,102 +246,75 @@ struct Attention {
 
     Buffers buffers() const {
         const long rows = rows_at_once(), wide = most(EDGE * lanes, KEYS * COLUMN);
-        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 2 + KEYS + 2) + 2 * KEYS +
-                             State::floats(rows, lanes) + (wide + lanes) * sizeof(Wide) / 4 + 10 * LANES;
+        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 2 + KEYS + 2) +
+                             State::floats(rows, lanes) + wide * sizeof(Wide) / 4 + op.width * sizeof(T) / 4 + 10 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
         const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
         b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
         b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 2);
-        b.scores = floats(rows * KEYS), b.query_units = floats(rows), b.units = floats(rows);
-        b.key_scales = floats(KEYS), b.value_scales = floats(KEYS);
+        b.scores = floats(rows * KEYS), b.query_units = floats(rows), b.weight_units = floats(rows);
         b.chunk = State::in(floats(State::floats(rows, lanes)), rows, lanes);
-        b.copies = reinterpret_cast<Wide*>(at), b.nothing = b.copies + wide;
-        memset(b.nothing, 0, lanes * sizeof(Wide));
+        b.copies = reinterpret_cast<Wide*>(take(wide * sizeof(Wide) / 4));
+        b.nothing = reinterpret_cast<char*>(at);
+        memset(b.nothing, 0, op.width * sizeof(T));
         return b;
     }
 
     long tokens_at_once() const { return most(1, TILE / group); }
     long rows_at_once() const { return tokens_at_once() * group; }
 
-    // Scores of the keys [begin, end) of a chunk; those that nobody sees are zeros.
-    void score_own(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
+    // Scores of the keys [begin, end) of a chunk.
+    template <Words W>
+    void score_keys(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
+        const Queries queries = W == QUADS_OF_BYTES ? Queries{b.coded_queries, code_words()} : Queries{b.queries, inner<OWN>()};
         for (long k = begin; k < end; k += EDGE) {
-            const Wide* key[EDGE];
-            for (long j = k; j < k + EDGE; ++j) {
-                key[j - k] = b.nothing;
-                if (j < found.first || j >= found.last) continue;
-                key[j - k] = reinterpret_cast<const Wide*>(found.row[j]) + op.key_offset;
-                if (lies_ready(found.scale[j])) continue;
-                Wide* to = b.copies + (j - k) * lanes;
-                copy(found.row[j], found.scale[j], op.key_offset, op.key_offset + op.head, to, lanes);
-                key[j - k] = to;
+            const Number<W>* key[EDGE];
+            for (long j = 0; j < EDGE; ++j) {
+                const char* row = found.row[k + j];
+                key[j] = reinterpret_cast<const Number<W>*>(row) + op.key_offset;
+                if constexpr (W == OWN)
+                    if (!lies_ready<W>(found.scale[k + j]))
+                        key[j] = copy(row, found.scale[k + j], op.key_offset, op.key_offset + op.head, b.copies + j * lanes, lanes);
             }
-            score_rows<OWN>(rows, {b.queries, inner<OWN>()}, key, 0, EDGE, inner<OWN>(), b.scores + k, ahead);
+            score_rows<W>(rows, queries, key, 0, EDGE, inner<W>(), b.scores + k, ahead);
         }
     }
 
-    void score_coded(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
-        const long key_part = op.key_offset >= op.split, value_part = op.value_offset >= op.split;
-        for (long k = begin; k < end; k += EDGE) {
-            const int8_t* key[EDGE];
-            for (long j = k; j < k + EDGE; ++j) {
-                const bool seen = j >= found.first && j < found.last;
-                key[j - k] = seen ? reinterpret_cast<const int8_t*>(found.row[j]) + op.key_offset : reinterpret_cast<const int8_t*>(b.nothing);
-                b.key_scales[j] = seen ? found.scale[j][key_part] : 0;
-                b.value_scales[j] = seen ? found.scale[j][value_part] : 0;
-            }
-            score_rows<QUADS_OF_BYTES>(rows, {b.coded_queries, code_words()}, key, 0, EDGE, inner<QUADS_OF_BYTES>(), b.scores + k, ahead);
-        }
-    }
-
-    // Values of the keys [begin, end), to or onto a chunk's result.
-    void mix_own(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
-        const Wide* value[KEYS];
+    // Weighted values of the keys [begin, end), to or onto a chunk's result.
+    template <Words W>
+    void mix_values(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
+        const Weights weights = {W == QUADS_OF_BYTES ? b.coded_weights : b.weights, b.weight_units};
+        const Number<W>* value[KEYS];
         bool ready = true;
         for (long j = begin; j < end; ++j) {
-            const bool seen = j >= found.first && j < found.last;
-            value[j] = seen ? reinterpret_cast<const Wide*>(found.row[j]) + op.value_offset : b.nothing;
-            ready = ready && (!seen || lies_ready(found.scale[j]));
+            value[j] = reinterpret_cast<const Number<W>*>(found.row[j]) + op.value_offset;
+            ready = ready && lies_ready<W>(found.scale[j]);
         }
         for (long i = 0; i < lanes; i += COLUMN) {
             const long from = op.value_offset + i, until = op.value_offset + least(op.head, i + COLUMN);
-            for (long j = begin; !ready && j < end; ++j) {
-                value[j] = b.copies + j * COLUMN;
-                if (j >= found.first && j < found.last)
-                    copy(found.row[j], found.scale[j], from, until, b.copies + j * COLUMN, COLUMN);
-                else
-                    memset(b.copies + j * COLUMN, 0, COLUMN * sizeof(Wide));
-            }
-            mix_rows<OWN>(rows, {b.weights, b.units}, value, ready ? i : 0, begin / PER_WORD<OWN>, end / PER_WORD<OWN>, s.acc + i, lanes,
-                          onto, ahead);
+            if constexpr (W == OWN)
+                for (long j = begin; !ready && j < end; ++j)
+                    value[j] = copy(found.row[j], found.scale[j], from, until, b.copies + j * COLUMN, COLUMN);
+            mix_rows<W>(rows, weights, value, ready ? i : 0, begin / PER_WORD<W>, end / PER_WORD<W>, s.acc + i, lanes, onto, ahead);
         }
-    }
-
-    void mix_coded(long rows, const Found& found, long begin, long end, const State& s, const Buffers& b, Ahead& ahead) const {
-        constexpr long four = PER_WORD<QUADS_OF_BYTES>;
-        const int8_t* value[KEYS];
-        for (long j = begin; j < end; ++j) {
-            const bool seen = j >= found.first && j < found.last;
-            value[j] = seen ? reinterpret_cast<const int8_t*>(found.row[j]) + op.value_offset : reinterpret_cast<const int8_t*>(b.nothing);
-        }
-        for (long i = 0; i < lanes; i += COLUMN)
-            mix_rows<QUADS_OF_BYTES>(rows, {b.coded_weights, b.units}, value, i, begin / four, end / four, s.acc + i, lanes, false, ahead);
     }
 
     // A chunk of keys into `s`. Its keys have been asked for; while it is scored its values are, then the keys of the next one.
     void walk_chunk(const Unit& u, long chunk, const Found& found, const Found& next, const State& s, const Buffers& b) const {
-        const long rows = u.count * group, begin = found.begin(), end = found.end();
-        const long coded = least(most(found.coded, begin), end), steps = most(rows * (end - begin) * lanes / 512, 1);
+        const long rows = u.count * group, begin = found.begin, coded = most(found.coded, begin), end = found.end;
+        const long steps = most(rows * (end - begin) * lanes / 512, 1);
+        Scales scales = {};
         Ahead ahead;
         look_ahead(found, op.value_offset, steps, ahead);
-        if constexpr (BYTES) score_coded(rows, found, begin, coded, b, ahead);
-        score_own(rows, found, coded, end, b, ahead);
-        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, s, b, r);
+        if constexpr (BYTES) score_keys<QUADS_OF_BYTES>(rows, found, begin, coded, b, ahead);
+        score_keys<OWN>(rows, found, coded, end, b, ahead);
+        gather_scales(found, scales);
+        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, r);
         look_ahead(next, op.key_offset, steps, ahead);
-        if (BYTES && begin < coded) mix_coded(rows, found, begin, coded, s, b, ahead);
-        if (coded < end) mix_own(rows, found, coded, end, begin < coded, s, b, ahead);
+        if (BYTES && begin < coded) mix_values<QUADS_OF_BYTES>(rows, found, begin, coded, false, s, b, ahead);
+        if (coded < end) mix_values<OWN>(rows, found, coded, end, begin < coded, s, b, ahead);
     }
 
     // The chunks [first, last) of a unit, one after the other: state(chunk) says where to, done(chunk) is told.
@@ -335,10 +322,10 @@ struct Attention {
     void walk(const Unit& u, long first, long last, const Buffers& b, const Where& state, const Done& done) const {
         Found chunks[2];
         const long until = least(u.high, last * KEYS);
-        find(u, first * KEYS, until, chunks[first & 1]);
+        find(u, first * KEYS, until, b, chunks[first & 1]);
         gather_queries(u, b);
         for (long chunk = first; chunk < last; ++chunk) {
-            find(u, (chunk + 1) * KEYS, until, chunks[~chunk & 1]);
+            find(u, (chunk + 1) * KEYS, until, b, chunks[~chunk & 1]);
             walk_chunk(u, chunk, chunks[chunk & 1], chunks[~chunk & 1], state(chunk), b);
             done(chunk);
         }
