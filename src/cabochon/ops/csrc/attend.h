@@ -1,6 +1,6 @@
 // Attention over pages and the step's own rows, for decode and prefill alike.
 //
-// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against chunks of 256 keys. Chunks begin at
+// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against chunks of 128 keys. Chunks begin at
 // fixed absolute positions, each is summed up on its own and they are merged in order (online softmax): so a row's result does
 // not depend on the rows beside it, on how the prompt was cut into steps, nor on whether one thread walked all chunks or
 // several shared them.
@@ -133,11 +133,11 @@ struct Attention {
         return to;
     }
 
-    // What comes next lies on pages here and there, where the CPU looks for none by itself: the keys or values of `next`, to be
-    // asked for in as many `steps`.
-    void look_ahead(const Found& next, long offset, long steps, Ahead& ahead) const {
-        ahead.row = next.row + next.first, ahead.last = next.row + next.last, ahead.at = ahead.end;
-        ahead.offset = offset * stored(), ahead.bytes = op.head * stored();
+    // What comes next lies on pages here and there, where the CPU looks for none by itself: the rows of `next`, to be asked for
+    // in as many `steps`. Whole rows: memory gives keys first and values later at two thirds of the speed.
+    void look_ahead(const Found& next, long steps, Ahead& ahead) const {
+        ahead.row = next.row + next.first, ahead.last = next.row + next.last;
+        ahead.bytes = op.width * stored();
         ahead.burst = ((ahead.last - ahead.row) * ahead.bytes / Ahead::LINE + steps - 1) / steps;
     }
 
@@ -301,18 +301,17 @@ struct Attention {
         }
     }
 
-    // A chunk of keys into `s`. Its keys have been asked for; while it is scored its values are, then the keys of the next one.
+    // A chunk of keys into `s`, while the rows of the next one are asked for.
     void walk_chunk(const Unit& u, long chunk, const Found& found, const Found& next, const State& s, const Buffers& b) const {
         const long rows = u.count * group, begin = found.begin, coded = most(found.coded, begin), end = found.end;
-        const long steps = most(rows * (end - begin) * lanes / 512, 1);
+        const long steps = most(rows * (end - begin) * lanes / 256, 1);  // of 16 products, where the CPU has the widest
         Scales scales = {};
         Ahead ahead;
-        look_ahead(found, op.value_offset, steps, ahead);
+        look_ahead(next, steps, ahead);
         if constexpr (BYTES) score_keys<QUADS_OF_BYTES>(rows, found, begin, coded, b, ahead);
         score_keys<OWN>(rows, found, coded, end, b, ahead);
         gather_scales(found, scales);
         for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, r);
-        look_ahead(next, op.key_offset, steps, ahead);
         if (BYTES && begin < coded) mix_values<QUADS_OF_BYTES>(rows, found, begin, coded, false, s, b, ahead);
         if (coded < end) mix_values<OWN>(rows, found, coded, end, begin < coded, s, b, ahead);
     }
@@ -323,6 +322,9 @@ struct Attention {
         Found chunks[2];
         const long until = least(u.high, last * KEYS);
         find(u, first * KEYS, until, b, chunks[first & 1]);
+        Ahead ahead;
+        look_ahead(chunks[first & 1], 1, ahead);
+        ahead();  // all at once: there is nothing to compute meanwhile
         gather_queries(u, b);
         for (long chunk = first; chunk < last; ++chunk) {
             find(u, (chunk + 1) * KEYS, until, b, chunks[~chunk & 1]);

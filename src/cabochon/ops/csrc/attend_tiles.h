@@ -38,7 +38,7 @@ constexpr long PER_WORD = 4 / sizeof(Number<W>);
 template <Words W>
 constexpr int PLANES = W == QUADS_OF_BYTES ? 2 : 1;  // upper and lower bytes of what codes are multiplied by
 
-constexpr long KEYS = 256;          // of a chunk
+constexpr long KEYS = 128;          // of a chunk
 constexpr long COLUMN = 2 * LANES;  // numbers of a value that are summed together
 #if CABOCHON_AVX512
 constexpr bool BYTES = true;  // are there products of bytes?
@@ -56,14 +56,14 @@ constexpr int ABREAST = 2, SCORED = 1, MIXED = 1;
 struct Ahead {
     static constexpr long LINE = 64;
     const char *const *row = nullptr, *const *last = nullptr;  // rows to come
-    long offset = 0, bytes = 0, burst = 1;                     // what of a row; lines at a time
+    long bytes = 0, burst = 1;                                 // of a row; lines at a time
     const char *at = nullptr, *end = nullptr;
 
     inline __attribute__((always_inline)) void operator()() {
         for (long i = 0; i < burst; ++i) {
             if (at >= end) {
                 if (row == last) return;
-                at = *row++ + offset, end = at + bytes;
+                at = *row++, end = at + bytes;
             }
             __builtin_prefetch(at, 0, 2);
             at += LINE;
