@@ -391,7 +391,7 @@ struct Attention {
     void walk_chunks(const Unit* units, long n, const long* first) const {
         const size_t size = State::floats(rows_at_once(), lanes);
         auto* partial = static_cast<float*>(scratch(HIDDEN, first[n] * size * 4));
-        parallel(first[n], [&](long item, long end) {
+        parallel_runs(first[n], [&](long item, long end) {
             const Buffers b = buffers();
             long i = 0;
             while (item >= first[i + 1]) ++i;

@@ -22,18 +22,14 @@ uint64_t read_through(const void* data, size_t bytes);
 // Calls work(context, first, last) for runs of items.
 void run_items(long items, void (*work)(void* context, long first, long last), void* context);
 
-// work(item) for every item in [0, items), in any order, on all threads, or work(first, last) for runs of them; returns when
-// all are done.
+// work(item) for every item in [0, items), in any order, on all threads; returns when all are done.
 template <class Work>
 void parallel(long items, const Work& work) {
     run_items(
         items,
         [](void* context, long first, long last) {
             const Work& work = *static_cast<const Work*>(context);
-            if constexpr (requires { work(first, last); })
-                work(first, last);
-            else
-                for (long item = first; item < last; ++item) work(item);
+            for (long item = first; item < last; ++item) work(item);
         },
         const_cast<Work*>(&work));
 }
