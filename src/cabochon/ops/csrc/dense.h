@@ -1,14 +1,14 @@
 // Tiles of float32 and bfloat16 weights, read where they lie (row-major, so a mapped checkpoint needs no copy).
 //
-// Each product is a dot along the inner axis with sixteen or thirty-two partial sums, cut every 2048 elements and folded
-// in a fixed tree: a row's result is the same bits whatever rows go beside it.
+// Each product is a dot along the inner axis with sixteen partial sums (of pairs, where bfloat16 has dot products), cut
+// every 1024 elements and folded in a fixed tree: a row's result is the same bits whatever rows go beside it.
 #pragma once
 
 #include "integer_tiles.h"
 
 namespace {
 
-constexpr long INNER = 2048;
+constexpr long INNER = 1024;
 
 #if CABOCHON_AVX512
 constexpr int DOT_ROWS = 4, DOT_OUTPUTS = 4;
@@ -95,17 +95,20 @@ void fit(long rows, long outputs, const T* x, long x_stride, const T* w, long w_
 template <class T>
 constexpr bool WIDENED = sizeof(T) == 2 && Step<T>::SIZE == LANES;
 
+// A single row reads the weight in one run through memory. (Where the row is long, the weight pushes it out of the cache.)
+template <class T>
+void dense_row(const Operand& x, long row, const Matrix& w, long output, long outputs, float* out) {
+    const T *numbers = static_cast<const T*>(x.data) + row * x.stride, *weight = static_cast<const T*>(w.codes) + output * w.cols;
+    for (long c = 0; c < outputs; ++c, weight += w.cols)
+        for (long from = 0; from < w.cols; from += INNER)
+            dots<T, 1, 1>(numbers + from, x.stride, weight + from, w.cols, least(INNER, w.cols - from), from > 0, out + c);
+}
+
 template <class T>
 void dense_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
     const auto* rows = static_cast<const T*>(x.data);
     const auto* weight = static_cast<const T*>(w.codes);
-    if (last - first == 1) {  // a single row reads the weight in one run through memory
-        for (long c = 0; c < outputs; ++c)
-            for (long from = 0; from < w.cols; from += INNER)
-                dots<T, 1, 1>(rows + first * x.stride + from, x.stride, weight + (output + c) * w.cols + from, w.cols,
-                              least(INNER, w.cols - from), from > 0, out + c);
-        return;
-    }
+    if (last - first == 1) return dense_row<T>(x, first, w, output, outputs, out);
     for (long from = 0; from < w.cols; from += INNER)
         for (long row = first; row < last; row += DOT_ROWS)
             for (long c = 0; c < outputs; c += DOT_OUTPUTS)
@@ -113,6 +116,104 @@ void dense_block(const Operand& x, long first, long last, const Matrix& w, long 
                                               weight + (output + c) * w.cols + from, w.cols, least(INNER, w.cols - from),
                                               from > 0, out + (row - first) * BLOCK + c);
 }
+
+#if CABOCHON_AVX512 && defined(__AVX512BF16__)
+constexpr int SIDE_BY_SIDE = 8, PAIR = 2;  // rows and outputs of a tile
+constexpr long STEP = Step<Bf16>::SIZE;
+
+// Where the sum of row r and output c has to lie for `sums` to give them row by row.
+constexpr int place(int r, int c) { return (PAIR * r + c) % 4 * 4 + (PAIR * r + c) / 4; }
+
+// The sums over the lanes of sixteen registers, in the order of `fold`: lane 4 j + s is that of register 4 s + j.
+INLINE F16 sums(const F16 (&v)[LANES]) {
+    __m512 half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = (__m512)v[2 * i].part[0], b = (__m512)v[2 * i + 1].part[0];
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = half[2 * i], b = half[2 * i + 1];
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512d a = _mm512_castps_pd(quarter[2 * i]), b = _mm512_castps_pd(quarter[2 * i + 1]);
+        pair[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    F16 all;
+    all.part[0] = (F16::Part)_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+    return all;
+}
+
+// Like `dots`, with rows that lie side by side, thirty-two numbers of each in turn. `soon` is asked for on the way.
+template <int R, int C>
+void side_by_side(const Bf16* x, const Bf16* w, long w_stride, long inner, bool onto, float* out, const Bf16* soon) {
+    F16 acc[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) acc[i] = zero();
+    auto step = [&](const __m512bh (&b)[C]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r, x += STEP)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) acc[place(r, c)] = Step<Bf16>::add(acc[place(r, c)], Step<Bf16>::read(x), b[c]);
+    };
+    long k = 0;
+    __m512bh b[C];
+    for (; k + STEP <= inner; k += STEP) {
+        for (int c = 0; c < C; ++c, soon += STEP) {
+            b[c] = Step<Bf16>::read(w + c * w_stride + k);
+            __builtin_prefetch(soon, 0, 2);
+        }
+        step(b);
+    }
+    if (k < inner) {
+        for (int c = 0; c < C; ++c) b[c] = read_some(w + c * w_stride + k, inner - k);
+        step(b);
+    }
+    float found[LANES];
+    put(found, sums(acc));
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            float& y = out[r * BLOCK + c];
+            y = onto ? y + found[PAIR * r + c] : found[PAIR * r + c];
+        }
+}
+
+template <int R>
+void fit_side_by_side(long rows, long outputs, const Bf16* x, const Bf16* w, long w_stride, long inner, bool onto, float* out,
+                      const Bf16* soon) {
+    if constexpr (R > 1) {
+        if (rows < R) return fit_side_by_side<R - 1>(rows, outputs, x, w, w_stride, inner, onto, out, soon);
+    }
+    for (long c = 0; c + PAIR <= outputs; c += PAIR, soon += PAIR * inner)
+        side_by_side<R, PAIR>(x, w + c * w_stride, w_stride, inner, onto, out + c, soon);
+    if (outputs % PAIR)
+        side_by_side<R, 1>(x, w + (outputs - 1) * w_stride, w_stride, inner, onto, out + outputs - 1, soon);
+}
+
+// Eight rows of a cut stay in the first-level cache, as one stream: eight streams far apart push one another out of it. The
+// weight is asked for in the order in which it lies in memory, one item early, since it is read in pieces.
+void side_by_side_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
+    alignas(64) Bf16 packed[SIDE_BY_SIDE * INNER];
+    const auto* weight = static_cast<const Bf16*>(w.codes) + output * w.cols;
+    for (long from = 0; from < w.cols; from += INNER) {
+        const long inner = least(INNER, w.cols - from);
+        for (long row = first; row < last; row += SIDE_BY_SIDE) {
+            const long rows = least(SIDE_BY_SIDE, last - row);
+            const Bf16* source = static_cast<const Bf16*>(x.data) + row * x.stride + from;
+            Bf16* to = packed;
+            for (long k = 0; k < inner; k += STEP)
+                for (long r = 0; r < rows; ++r, to += STEP)
+                    store(to, inner - k < STEP ? read_some(source + r * x.stride + k, inner - k)
+                                               : Step<Bf16>::read(source + r * x.stride + k));
+            const Bf16* soon = weight + (row == first ? outputs * (w.cols + from) : 0);
+            fit_side_by_side<SIDE_BY_SIDE>(rows, outputs, packed, weight + from, w.cols, inner, from > 0,
+                                           out + (row - first) * BLOCK, soon);
+        }
+    }
+}
+#endif
 
 void widened_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
     alignas(64) float wide[DOT_OUTPUTS * INNER];
@@ -136,10 +237,12 @@ void block(const Operand& x, long first, long last, const Matrix& w, long output
     if (w.format == INT8) return integer_product<INT8>(x, first, last, w, output, outputs, out);
     if (w.format == INT4) return integer_product<INT4>(x, first, last, w, output, outputs, out);
     if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, outputs, out);
-    if constexpr (WIDENED<Bf16>)
-        widened_block(x, first, last, w, output, outputs, out);
-    else
-        dense_block<Bf16>(x, first, last, w, output, outputs, out);
+#if CABOCHON_AVX512 && defined(__AVX512BF16__)
+    if (last - first == 1 && w.cols <= 2 * INNER) return dense_row<Bf16>(x, first, w, output, outputs, out);
+    side_by_side_block(x, first, last, w, output, outputs, out);
+#else
+    widened_block(x, first, last, w, output, outputs, out);
+#endif
 }
 
 }  // namespace

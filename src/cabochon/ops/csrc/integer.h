@@ -11,7 +11,7 @@ namespace {
 constexpr long PANEL = 16;
 constexpr long BLOCK = 64;         // outputs of a work item: four panels
 constexpr long GROUPS_AT_ONCE = 64;  // of a panel while it should stay in L2
-constexpr long AHEAD = 6144;         // bytes that one row asks memory for before it comes to them
+constexpr long AHEAD = 6144;         // bytes that few rows ask memory for before they come to them
 
 // What the byte products add per unit of activation because codes are stored unsigned.
 template <Format F>
@@ -146,7 +146,9 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
         for (int c = 0; c < C; ++c) {
             b[c] = codes + ((panel + c) * groups + g) * group_bytes<F>();
             if constexpr (C == 1) {  // decode: the weight comes from memory
-                for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + AHEAD + line);
+                // into L1 only for rows that wait for memory: others would compute while L1's few requests are under way
+                constexpr int level = R > 4 ? 2 : 3;
+                for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + AHEAD + line, 0, level);
             }
         }
         for (int r = 0; r < R; ++r) {
@@ -174,12 +176,13 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
 }
 
 #if CABOCHON_AVX512
-constexpr int TALL = 6, TALL_PANELS = 2, FLAT = 8, FLAT_PANELS = 1;  // few rows read memory in one stream
+constexpr int TALL = 6, TALL_PANELS = 2, FLAT = 8;
 #elif CABOCHON_AVX2
-constexpr int TALL = 2, TALL_PANELS = 1, FLAT = 1, FLAT_PANELS = 1;
+constexpr int TALL = 2, TALL_PANELS = 1, FLAT = 2;
 #else
-constexpr int TALL = 1, TALL_PANELS = 1, FLAT = 1, FLAT_PANELS = 1;
+constexpr int TALL = 1, TALL_PANELS = 1, FLAT = 1;
 #endif
+constexpr long FEW_ROWS = 48;  // rows that go in flat tiles, of one panel: those read memory in one run through it
 
 // At most R rows and C panels: the template instance that fits exactly.
 template <Format F, int R, int C>
@@ -197,16 +200,15 @@ void fit(long rows, long panels, const Operand& x, long row, const Matrix& w, lo
 template <Format F>
 void integer_block(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
     const long panel = output / PANEL, panels = (outputs + PANEL - 1) / PANEL;
-    const bool flat = last - first <= FLAT;
-    const long at_once = flat ? x.groups : GROUPS_AT_ONCE;  // few rows read a panel once: in one run through memory
+    const bool few = last - first <= FEW_ROWS;
+    const long at_once = few ? x.groups : GROUPS_AT_ONCE;
     for (long from = 0; from < x.groups; from += at_once) {
         const long to = least(from + at_once, x.groups);
-        const int wide = flat ? FLAT_PANELS : TALL_PANELS;
-        for (long c = 0; c < panels; c += wide)
-            for (long row = first; row < last; row += flat ? FLAT : TALL) {
+        for (long c = 0; c < panels; c += few ? 1 : TALL_PANELS)
+            for (long row = first; row < last; row += few ? FLAT : TALL) {
                 float* to_tile = out + (row - first) * BLOCK + c * PANEL;
-                if (flat)
-                    fit<F, FLAT, FLAT_PANELS>(last - row, panels - c, x, row, w, panel + c, from, to, to_tile);
+                if (few)
+                    fit<F, FLAT, 1>(last - row, 1, x, row, w, panel + c, from, to, to_tile);
                 else
                     fit<F, TALL, TALL_PANELS>(last - row, panels - c, x, row, w, panel + c, from, to, to_tile);
             }
