@@ -1,6 +1,9 @@
 """A layer in one call beside the same layer op by op, which is the definition."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,30 @@ def test_other_layers_go_op_by_op(size):
             for spec, layer in ((layer.spec, layer) for layer in model.language_model.layers)
         }
     assert kinds[True] is None and kinds.get(False, "none") is not None
+
+
+STEP_ON_TWO_THREADS = """
+import os, torch
+from test_fused import network, random_ids, whole_sequences
+torch.set_num_threads(1)
+model = network("E2B", "int4", torch.bfloat16)
+batch = whole_sequences([torch.tensor(random_ids(3, seed=n)) for n in range(8)])
+with torch.inference_mode():
+    model(batch)
+    before = set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(2)
+    model(batch)
+print(len(set(os.listdir("/proc/self/task")) - before))
+"""
+
+
+def test_a_step_wakes_no_threads_but_ours():
+    """Those of OpenMP stay awake for milliseconds after any use of them, and hold up our worker."""
+    run = subprocess.run(
+        [sys.executable, "-c", STEP_ON_TWO_THREADS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "1\n"

@@ -60,12 +60,13 @@ def test_linear(rows, outputs, inputs, format, dtype, random):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("format", FORMATS)
-def test_rows_do_not_depend_on_company_or_threads(format, dtype, random):
-    weight = weight_of((200, 2100), format, dtype, random)
-    x = torch.randn(23, 2100, generator=random).to(dtype)
+@pytest.mark.parametrize("inputs", [1100, 2100])
+def test_rows_do_not_depend_on_company_or_threads(inputs, format, dtype, random):
+    weight = weight_of((200, inputs), format, dtype, random)
+    x = torch.randn(61, inputs, generator=random).to(dtype)
     together = ops.linear(x, weight)
     torch.set_num_threads(3)
-    for rows in (1, 2, 3, 7):
+    for rows in (1, 2, 3, 7, 8, 13, 29):
         assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
     assert torch.equal(ops.linear(x, weight), together)
 
@@ -169,6 +170,23 @@ def test_rms_norm(weighted, width, dtype, random):
     weight = torch.randn(width, generator=random).to(dtype) if weighted else None
     expected = reference.rms_norm(x.double(), None if weight is None else weight.double(), 1e-6)
     assert_close(ops.rms_norm(x, weight, 1e-6), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [16, 70])
+def test_per_layer_inputs_are_those_of_their_steps(width, dtype, random):
+    x, token = (torch.randn(9, 5, width, generator=random).to(dtype) for _ in range(2))
+    weight = torch.randn(width, generator=random).to(dtype)
+    expected = (ops.rms_norm(x * 64**-0.5, weight, 1e-6) + token) * 2**-0.5
+    assert torch.equal(ops.per_layer_inputs(x, token, weight, 1e-6, 64**-0.5), expected)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert_close(expected, ops.per_layer_inputs(x, token, weight, 1e-6, 64**-0.5), dtype)
+
+
+def test_cos_and_sin(random):
+    angle = torch.cat([torch.rand(400, generator=random) * 10**power for power in range(7)])
+    for got, exact in zip(ops.cos_sin(angle), reference.cos_sin(angle.double()), strict=True):
+        assert (got.double() - exact).abs().max() < 2**-23  # two steps of float32 between a half and one
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -59,7 +59,8 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
     """
     exponent = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=position.device) / head_dim
     angle = position.float()[:, None] * (1.0 / rope.theta**exponent)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = ops.cos_sin(angle)
+    return cos.to(dtype), sin.to(dtype)
 
 
 class ClippedLinear(nn.Module):

@@ -53,9 +53,11 @@ class Text(nn.Module):
             return None
         ids = batch.token_ids if batch.soft is None else batch.token_ids.index_fill(0, batch.soft.index, 0)
         token = self.embed_tokens_per_layer(ids, math.sqrt(self.ple_width))
-        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
-        shape = (len(self.layers), self.ple_width)
-        return (self.per_layer_projection_norm(context.unflatten(-1, shape)) + token.unflatten(-1, shape)) * 2**-0.5
+        shape, norm = (len(self.layers), self.ple_width), self.per_layer_projection_norm
+        context = self.per_layer_model_projection(x).unflatten(-1, shape)
+        return ops.per_layer_inputs(
+            context, token.unflatten(-1, shape), norm.weight, norm.eps, self.config.hidden_size**-0.5
+        )
 
     def hidden(self, batch: Batch, kept: dict[Kind, Tensor] | None = None) -> Tensor:
         """The normed hidden state of every wanted row: [L, D].

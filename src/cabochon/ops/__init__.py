@@ -34,6 +34,7 @@ __all__ = [
     "blend",
     "clipped_gate",
     "clipped_linear",
+    "cos_sin",
     "embed",
     "experts",
     "gated_mlp",
@@ -41,6 +42,7 @@ __all__ = [
     "head_at",
     "largest",
     "linear",
+    "per_layer_inputs",
     "reference",
     "rms_norm",
     "rope",
@@ -77,6 +79,8 @@ def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
 linear = _by(0, reference.linear)
 embed = _by(0, reference.embed)
 rms_norm = _by(0, reference.rms_norm)
+per_layer_inputs = _by(0, reference.per_layer_inputs)
+cos_sin = _by(0, reference.cos_sin)
 rope = _by(0, reference.rope)
 gated_mlp = _by(0, reference.gated_mlp)
 route = _by(0, reference.route)

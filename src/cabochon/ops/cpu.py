@@ -213,6 +213,37 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y
 
 
+def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
+    """In one call: from some thousand numbers on torch shares out sums, with what `cos_sin` says of its threads."""
+    if not x.dtype == token.dtype == weight.dtype:
+        return reference.per_layer_inputs(x, token, weight, eps, scale)
+    x, token = x.contiguous(), token.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    _cpu.per_layer(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel() // width,
+        width,
+        token.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        scale,
+        y.data_ptr(),
+    )
+    return y
+
+
+def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Torch would wake a team of its own for any number of angles, whose threads stay awake for some milliseconds and
+    hold up ours."""
+    if angle.dtype != torch.float32:
+        return reference.cos_sin(angle)
+    angle = angle.contiguous()
+    cos, sin = torch.empty_like(angle), torch.empty_like(angle)
+    _cpu.cos_sin(angle.data_ptr(), angle.numel(), cos.data_ptr(), sin.data_ptr())
+    return cos, sin
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dtype != x.dtype or x.dim() != 3:
         return reference.rope(x, cos, sin)

@@ -91,6 +91,7 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
 
 head_at = reference.head_at
 largest = reference.largest
+cos_sin = reference.cos_sin
 
 
 def route(
@@ -109,6 +110,10 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y: Tensor = kernels()[3].rms_norm(x, weight, eps)
     return y
+
+
+def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
+    return (rms_norm(x * scale, weight, eps) + token) * 2**-0.5
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

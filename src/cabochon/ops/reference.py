@@ -46,6 +46,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y.to(x.dtype)
 
 
+def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
+    """`(rms_norm(x * scale) + token) / sqrt(2)`, what the layers get of a token's own embeddings: [T, layers, P]."""
+    return (rms_norm(x * scale, weight, eps) + token) * 2**-0.5
+
+
+def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every angle; how many thousand turns it has made counts."""
+    return angle.cos(), angle.sin()
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the rotated dimensions of `x` [T, N, H] by `cos`, `sin` [T, rotated / 2].
 

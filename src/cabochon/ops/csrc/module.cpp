@@ -149,6 +149,21 @@ void norm(Address x, int dtype, long count, long width, long stride, Address wei
     call(active->norm, op, double(count) * width);
 }
 
+void per_layer(Address x, int dtype, long count, long width, Address onto, Address weight, float eps, float scale, Address y) {
+    const PerLayer op{rows(x, dtype, count, width, width), reinterpret_cast<const void*>(onto), reinterpret_cast<const void*>(weight),
+                      eps, scale, reinterpret_cast<void*>(y)};
+    call(active->per_layer, op, double(count) * width);
+}
+
+// Torch's own wake a team of threads for any number of angles, who then stay awake and hold up ours.
+void cos_sin(Address angles, long count, Address cos, Address sin) {
+    const auto* angle = reinterpret_cast<const float*>(angles);
+    for (long i = 0; i < count; ++i) {
+        reinterpret_cast<float*>(cos)[i] = std::cos(angle[i]);
+        reinterpret_cast<float*>(sin)[i] = std::sin(angle[i]);
+    }
+}
+
 void rope(Address x, Address cos, Address sin, Address y, int dtype, long tokens, long heads, long head, long half_rotated) {
     const Rope op{reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin),
                   reinterpret_cast<void*>(y), Dtype(dtype), tokens, heads, head, half_rotated};
@@ -353,6 +368,8 @@ NB_MODULE(_cpu, m) {
     m.def("gated", gated);
     m.def("experts", experts);
     m.def("norm", norm);
+    m.def("per_layer", per_layer);
+    m.def("cos_sin", cos_sin);
     m.def("rope", rope);
     m.def("store", store);
     m.def("attend", attend);

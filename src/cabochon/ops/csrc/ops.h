@@ -64,6 +64,14 @@ struct Norm {
     Rows y;
 };
 
+// What every layer gets of a token's own embeddings: (norm(x * scale) + onto) / sqrt(2), row by row.
+struct PerLayer {
+    Rows x;
+    const void *onto, *weight;  // [count, width], [width], in x's type
+    float eps, scale;
+    void* y;
+};
+
 struct Rope {
     const void* x;  // [T, N, H]
     const void* cos;
@@ -218,6 +226,7 @@ struct Ops {
     void (*gated)(const Gated&);
     void (*experts)(const Experts&);
     void (*norm)(const Norm&);
+    void (*per_layer)(const PerLayer&);
     void (*rope)(const Rope&);
     void (*store)(const Store&);
     void (*attend)(const Attend&);

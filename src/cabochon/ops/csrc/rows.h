@@ -42,6 +42,24 @@ void norm_rows(const Norm& op) {
 
 void norm(const Norm& op) { op.x.dtype == FLOAT32 ? norm_rows<float>(op) : norm_rows<Bf16>(op); }
 
+template <class T>
+void per_layer_rows(const PerLayer& op) {
+    const F16 half_root = splat(0.70710678118654752f);
+    const auto *x = static_cast<const T*>(op.x.data), *onto = static_cast<const T*>(op.onto);
+    const long width = op.x.width;
+    over_rows(op.x.count, width, [&](long row) {
+        T* y = static_cast<T*>(op.y) + row * width;
+        for (long i = 0; i < width; i += LANES) put(y + i, get(x + row * width + i, width - i) * op.scale, width - i);
+        norm_row(y, static_cast<const T*>(op.weight), y, width, op.eps);
+        for (long i = 0; i < width; i += LANES) {
+            put(y + i, get(y + i, width - i) + get(onto + row * width + i, width - i), width - i);
+            put(y + i, get(y + i, width - i) * half_root, width - i);
+        }
+    });
+}
+
+void per_layer(const PerLayer& op) { op.x.dtype == FLOAT32 ? per_layer_rows<float>(op) : per_layer_rows<Bf16>(op); }
+
 // y[i] and y[i + head / 2] from x[i] and x[i + head / 2] for i < turning; what does not turn is copied.
 template <class T>
 void rope_row(const T* x, const T* cos, const T* sin, T* y, long head, long turning) {
