@@ -139,6 +139,7 @@ def test_only_what_the_model_says_is_predicted():
 def test_intervals():
     assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert evaluate.wilson(450, 500) == pytest.approx((0.8706, 0.9233), abs=1e-4)
+    assert all(evaluate.wilson(n, n)[1] == 1.0 and evaluate.wilson(0, n)[0] == 0.0 for n in range(1, 600))
 
 
 def test_comparisons():

@@ -266,8 +266,8 @@ def towers(options: argparse.Namespace) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=train.SHIPPED, help="the checkpoint to start from")
-    parser.add_argument("--alone", type=float, default=9, help="minutes of processor time for the towers alone")
-    parser.add_argument("--minutes", type=float, default=12, help="minutes of processor time for all together")
+    parser.add_argument("--alone", type=float, default=18, help="minutes of processor time for the towers alone")
+    parser.add_argument("--minutes", type=float, default=36, help="minutes of processor time for all together")
     parser.add_argument("--eye-only", action="store_true", help="leave the ear of --text as it is to begin with")
     parser.add_argument("--sensed", type=float, default=0.7, help="part of the conversations that show something")
     parser.add_argument("--workers", type=int, default=2)

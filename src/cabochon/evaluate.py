@@ -221,7 +221,8 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = right / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     reach = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # All right is 1.0 exactly; rounding must not leave the share itself out.
+    return min(share, max(0.0, middle - reach)), max(share, min(1.0, middle + reach))
 
 
 def guess(exercises: Sequence[Exercise]) -> float:
