@@ -106,7 +106,11 @@ REFUSED = {
     ),
     "guesses from tails of no length": (
         'google/gemma-4-E2B-it --speculative-config \'{"method":"ngram","prompt_lookup_max":"4"}\'',
-        "prompt_lookup_min and prompt_lookup_max must be numbers of tokens",
+        "prompt_lookup_min and prompt_lookup_max must be numbers of tokens, 1 to 9999",
+    ),
+    "guesses from tails of nothing": (
+        'google/gemma-4-E2B-it --speculative-config \'{"method":"ngram","prompt_lookup_max":0}\'',
+        "must be numbers of tokens, 1 to 9999",
     ),
     "guesses by nobody": ("google/gemma-4-E2B-it --num-speculative-tokens 2", "name one with --drafter"),
     "guesses, said twice": (

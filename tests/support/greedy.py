@@ -43,7 +43,7 @@ def greedy(tokens: int, **more: object) -> SamplingParams:
         "max_tokens": tokens,
         "repetition_penalty": PENALTY,
     }
-    return SamplingParams(**(params | more))  # type: ignore[arg-type]
+    return SamplingParams(**(params | more))  # type: ignore[arg-type]  # fields of any type, by name
 
 
 def penalised(logits: Tensor, ids: Sequence[int]) -> Tensor:

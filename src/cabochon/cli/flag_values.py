@@ -60,11 +60,10 @@ def speculation(drafter: str | None, guesses: int | None, config: str | None) ->
 
 def _ngram(flag: str, told: dict[str, Any]) -> str:
     """Prompt lookup by our name; where vLLM's JSON gives one length, it means that one alone."""
-    lengths = [told.pop(name, None) for name in ("prompt_lookup_min", "prompt_lookup_max")]
-    least, most = lengths[0] or lengths[1], lengths[1] or lengths[0]
-    if not all(isinstance(length, int | None) for length in lengths):
-        raise InputError(f"{flag}: prompt_lookup_min and prompt_lookup_max must be numbers of tokens.")
-    return "ngram" if most is None else f"ngram:{least}-{most}"
+    lengths = [told.pop(name) for name in ("prompt_lookup_min", "prompt_lookup_max") if name in told]
+    if not all(type(length) is int and 1 <= length <= 9999 for length in lengths):
+        raise InputError(f"{flag}: prompt_lookup_min and prompt_lookup_max must be numbers of tokens, 1 to 9999.")
+    return f"ngram:{lengths[0]}-{lengths[-1]}" if lengths else "ngram"
 
 
 def length(text: str | None) -> int | None:
