@@ -365,10 +365,14 @@ struct Attention {
         auto* units = static_cast<Unit*>(scratch(LISTS, most_units * sizeof(Unit) + (most_units + 1) * sizeof(long)));
         const long n = plan(units);
         auto* first = reinterpret_cast<long*>(units + most_units);
+        long rows = 0;
         first[0] = 0;
-        for (long i = 0; i < n; ++i) first[i + 1] = first[i] + (units[i].high - 1) / KEYS - units[i].low / KEYS + 1;
-        const size_t partial = first[n] * State::floats(rows_at_once(), lanes) * sizeof(float);
-        partial < SHARED_BYTES ? walk_chunks(units, n, first) : walk_units(units, n);
+        for (long i = 0; i < n; ++i) {
+            first[i + 1] = first[i] + (units[i].high - 1) / KEYS - units[i].low / KEYS + 1;
+            rows = most(rows, units[i].count * group);
+        }
+        const size_t partial = first[n] * State::floats(rows, lanes) * sizeof(float);
+        partial < SHARED_BYTES ? walk_chunks(units, n, first, rows) : walk_units(units, n);
     }
 
     // Much to do: a unit is one thread's from end to end.
@@ -387,9 +391,9 @@ struct Attention {
         });
     }
 
-    // Little to do (decode): threads share the chunks, then the rows.
-    void walk_chunks(const Unit* units, long n, const long* first) const {
-        const size_t size = State::floats(rows_at_once(), lanes);
+    // Little to do (decode): threads share the chunks, then the rows, of which a unit has at most `rows`.
+    void walk_chunks(const Unit* units, long n, const long* first, long rows) const {
+        const size_t size = State::floats(rows, lanes);
         auto* partial = static_cast<float*>(scratch(HIDDEN, first[n] * size * 4));
         parallel_runs(first[n], [&](long item, long end) {
             const Buffers b = buffers();
@@ -403,7 +407,6 @@ struct Attention {
                 item = last;
             }
         });
-        const long rows = rows_at_once();
         parallel(n * rows, [&](long item) {
             const Unit& u = units[item / rows];
             const long i = item / rows, r = item % rows, count = u.count * group;
