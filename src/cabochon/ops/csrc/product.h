@@ -2,7 +2,8 @@
 //
 // The matrix is packed as it is read: in strips of 32 outputs that a thread keeps in its cache for all rows. That happens
 // anew for every call; for several hundred rows it is a hundredth of the work, and a checkpoint may stay mapped as it lies.
-// Rows are only copied (and cut): a tile reads twelve of them side by side, a word of each for all outputs at a time.
+// Meanwhile the strips that the thread will pack next are fetched from memory. Rows are only copied (and cut): a tile reads
+// twelve of them side by side, a word of each for all outputs at a time.
 #pragma once
 
 #include "attend_all.h"
@@ -10,10 +11,10 @@
 namespace {
 
 constexpr int LOW = (UPRIGHT + 1) / 2;              // rows of a last tile, where that is enough
-constexpr long STRIP = 2 * LANES, STRIPS = 4;       // outputs of a strip; strips of an item, at most
-constexpr long DEPTH = 640;                         // words along the inner axis before sums go to memory
-constexpr long SHEET = 96, ROWS_COPIED = 1536;      // rows that meet a depth of the matrix together; that are copied together
-constexpr long PIECES = 2;                          // of the rows, so that threads may share a strip and end together
+constexpr long STRIP = 2 * LANES;                   // outputs of a strip
+constexpr long NEAR = 1 << 18;                      // bytes of strips that a thread packs together: its second-level cache holds four times as many
+constexpr long ROWS_COPIED = 1536;                  // rows that are copied together
+constexpr long PIECES = 4;                          // of the rows of a job's last strips, so that threads end together
 
 // Not-a-numbers pass, as they do in torch.
 INLINE F16 cut(F16 v, float low, float high) {
@@ -40,12 +41,30 @@ INLINE F16 logistic(F16 v) {
     return 1.0f / (1.0f + exponential(0.0f - v));
 }
 
+// Memory that will be read soon, in one run or two.
+struct Soon {
+    const char *from[2] = {}, *until[2] = {};
+
+    long lines() const { return (until[0] - from[0] + until[1] - from[1]) / 64; }
+    // Where to ask for the next `lines` lines, and how far it is from one to the next: no way, if none are left or it is early.
+    struct Walk {
+        const char* at;
+        long step;
+    };
+    Walk walk(bool late, long lines) {
+        const int i = from[0] >= until[0];
+        if (!late || from[i] >= until[i]) return {from[0], 0};
+        const Walk found{from[i], 64};
+        from[i] += 64 * lines;
+        return found;
+    }
+};
+
 struct Tower {
     static constexpr bool pairs = PAIRS<Bf16>;
     static constexpr long each = pairs ? 2 : 1;  // numbers in a word
     const Product& op;
     long inner = (op.x.width + each - 1) / each;
-    long cuts = (inner + DEPTH - 1) / DEPTH, depth = (inner + cuts - 1) / cuts;
     long columns = op.how == GELU_TIMES || op.how == GATED ? LANES : STRIP;  // outputs that a strip gives
     long strips = (op.y.width + columns - 1) / columns;
     long stride = ((inner + LANES - 1) / LANES | 1) * LANES;  // of copied rows: an odd number of cache lines, which spreads them
@@ -65,19 +84,14 @@ struct Tower {
         }
     }
 
-    // `count` outputs' weights, at most 16, as `to[word * STRIP + output]`. Meanwhile the next sixteen are fetched.
+    // `count` outputs' weights, at most 16, as `to[word * STRIP + output]`; words are filled up to whole registers.
     void pack(const Bf16* rows, long count, uint32_t* to) const {
         const long width = op.x.width;
         for (long k = 0; k < inner; k += LANES) {
             U16 square[LANES];
-            for (long i = 0; i < LANES; ++i) {
-                const Bf16* from = rows + i * width + each * k;
-                __builtin_prefetch(from + LANES * width, 0, 2);
-                square[i] = i < count ? words(from, width - each * k, false) : U16::of(0);
-            }
-            alignas(64) uint32_t across[LANES * LANES];
-            transpose(square, across, LANES);
-            for (long w = 0; w < least(LANES, inner - k); ++w) memcpy(to + (k + w) * STRIP, across + w * LANES, LANES * 4);
+#pragma GCC unroll 16
+            for (long i = 0; i < LANES; ++i) square[i] = i < count ? words(rows + i * width + each * k, width - each * k, false) : U16::of(0);
+            transpose(square, to + k * STRIP, STRIP);
         }
     }
 
@@ -111,18 +125,20 @@ struct Tower {
         }
     }
 
+    // `next` are the rows of the tile that comes after this one.
     template <int R>
-    void tile(const uint32_t* left, const uint32_t* right, long from, float* sums, long row, long output) const {
+    void tile(const uint32_t* left, const uint32_t* right, long row, long output, const uint32_t* next, Soon::Walk soon) const {
         F16 acc[R][2];
 #pragma GCC unroll 12  // else GCC keeps the sums in memory
         for (int r = 0; r < R; ++r)
-            for (int c = 0; c < 2; ++c) acc[r][c] = from ? get(sums + r * STRIP + c * LANES) : zero();
-        const long until = least(from + depth, inner), s = stride;
-        const uint32_t* rows[] = {left + from, left + from + 3 * s, left + from + 6 * s, left + from + 9 * s};
-        right += from * STRIP;
-        for (long k = from; k < until;) {
-            const uint32_t* ahead = rows[0] + 3 * LANES;  // of one row after the other; the strip's own stream is found by the CPU
-            for (const long stop = least(k + R, until); k < stop; ++k, ahead += s, right += STRIP) {
+            for (int c = 0; c < 2; ++c) acc[r][c] = zero();
+        const long s = stride, early = 3 * LANES;
+        const uint32_t* rows[] = {left, left + 3 * s, left + 6 * s, left + 9 * s};
+        for (long k = 0; k < inner;) {
+            __builtin_prefetch(soon.at, 0, 2), soon.at += soon.step;
+            // Of one row after the other; the strip's own stream is found by the CPU.
+            const uint32_t* ahead = k + early < inner ? rows[0] + early : next + (k + early - inner);
+            for (const long stop = least(k + R, inner); k < stop; ++k, ahead += s, right += STRIP) {
                 __builtin_prefetch(ahead);
                 const F16 low = load<F16>(right), high = load<F16>(right + LANES);
 #pragma GCC unroll 12
@@ -135,12 +151,6 @@ struct Tower {
                 for (auto& row : rows) ++row;
             }
         }
-        if (until < inner) {
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < 2; ++c) put(sums + r * STRIP + c * LANES, acc[r][c]);
-            return;
-        }
         auto* to = static_cast<Bf16*>(op.y.data) + row * op.y.stride + output;
         const auto* onto = op.onto ? static_cast<const Bf16*>(op.onto) + row * op.onto_stride + output : nullptr;
 #pragma GCC unroll 12
@@ -149,36 +159,19 @@ struct Tower {
                 finish(op, to + r * op.y.stride, onto ? onto + r * op.onto_stride : nullptr, acc[r][0], acc[r][1], op.y.width - output);
     }
 
-    // Strips first .. last over the copied rows `row` .. `row` + `count`.
-    void item(const uint32_t* left, long row, long count, long first, long last) const {
-        auto* packed = static_cast<uint32_t*>(scratch(SORTED, STRIPS * STRIP * inner * 4));
-        auto* sums = static_cast<float*>(scratch(RESULT, SHEET * STRIPS * STRIP * 4));
+    // Strips first .. last over the rows `row` .. `row` + `count`, which lie at `left`.
+    void item(const uint32_t* left, long row, long count, long first, long last, Soon soon) const {
+        auto* packed = static_cast<uint32_t*>(scratch(SORTED, ((last - first) * inner + LANES) * STRIP * 4));
         for (long s = first; s < last; ++s) pack_strip(s, packed + (s - first) * STRIP * inner);
-        for (long top = 0; top < count; top += SHEET)
-            for (long from = 0; from < inner; from += depth)
-                for (long r = top; r < least(count, top + SHEET); r += UPRIGHT)
-                    for (long s = first; s < last; ++s) {
-                        const auto some = count - r > LOW ? &Tower::tile<UPRIGHT> : &Tower::tile<LOW>;
-                        (this->*some)(left + r * stride, packed + (s - first) * STRIP * inner, from,
-                                      sums + ((r - top) * STRIPS + (s - first) * UPRIGHT) * STRIP, row + r, s * columns);
-                    }
-    }
-
-    // A run of items, of which PIECES make a strip: some strips at a time, and single pieces at its ends.
-    void items(const uint32_t* left, long row, long count, long first, long last) const {
-        const long piece = ((count + UPRIGHT - 1) / UPRIGHT + PIECES - 1) / PIECES * UPRIGHT;
-        while (first < last) {
-            const long strip = first / PIECES, whole = (last - first) / PIECES;
-            if (first % PIECES || !whole) {
-                const long begin = first % PIECES * piece, end = least(count, (last - strip * PIECES) * piece);
-                if (begin < end) item(left + begin * stride, row + begin, end - begin, strip, strip + 1);
-                first = least(last, (strip + 1) * PIECES);
-            } else {
-                const long some = least(STRIPS, whole);
-                item(left, row, count, strip, strip + some);
-                first += some * PIECES;
+        const long lines = (inner + UPRIGHT - 1) / UPRIGHT, calls = (count + UPRIGHT - 1) / UPRIGHT * (last - first);
+        const long late = calls - soon.lines() / lines - 2;
+        for (long r = 0, call = 0; r < count; r += UPRIGHT)
+            for (long s = first; s < last; ++s, ++call) {
+                const auto some = count - r > LOW ? &Tower::tile<UPRIGHT> : &Tower::tile<LOW>;
+                const uint32_t* rows = left + r * stride;
+                const uint32_t* next = s + 1 < last || r + UPRIGHT >= count ? rows : rows + UPRIGHT * stride;
+                (this->*some)(rows, packed + (s - first) * STRIP * inner, row + r, s * columns, next, soon.walk(call >= late, lines));
             }
-        }
     }
 
     // `count` numbers of a row as words, cut; whole registers are written.
@@ -186,20 +179,104 @@ struct Tower {
         for (long k = 0; each * k < count; k += LANES) store(to + k, words(from + each * k, count - each * k, cuts_in));
     }
 
-    void run() const {
-        for (long row = 0; row < op.x.count; row += ROWS_COPIED) {
-            const long count = least(ROWS_COPIED, op.x.count - row), tiles = (count + UPRIGHT - 1) / UPRIGHT;
-            auto* left = static_cast<uint32_t*>(scratch(LEFT, tiles * UPRIGHT * stride * 4));
-            parallel(tiles, [&](long t) {
-                for (long r = t * UPRIGHT; r < least(count, (t + 1) * UPRIGHT); ++r)
-                    copy(static_cast<const Bf16*>(op.x.data) + (row + r) * op.x.stride, op.x.width, left + r * stride);
-            });
-            parallel_runs(strips * PIECES, [&](long first, long last) { items(left, row, count, first, last); });
+    // The rows from `row`, at most ROWS_COPIED.
+    const uint32_t* copied(long row, Slot slot) const {
+        const long count = least(ROWS_COPIED, op.x.count - row), tiles = (count + UPRIGHT - 1) / UPRIGHT;
+        auto* left = static_cast<uint32_t*>(scratch(slot, tiles * UPRIGHT * stride * 4));
+        parallel(tiles, [&](long t) {
+            for (long r = t * UPRIGHT; r < least(count, (t + 1) * UPRIGHT); ++r)
+                copy(static_cast<const Bf16*>(op.x.data) + (row + r) * op.x.stride, op.x.width, left + r * stride);
+        });
+        return left;
+    }
+
+    // Where the weights of strips first .. last lie.
+    Soon weights(long first, long last) const {
+        Soon soon;
+        for (int i = 0; i <= (columns == LANES); ++i) {
+            const Matrix& w = op.weight[i];
+            const auto* start = static_cast<const char*>(w.codes);
+            soon.from[i] = start + least(w.rows, first * columns) * w.cols * 2;
+            soon.until[i] = start + least(w.rows, last * columns) * w.cols * 2;
         }
+        return soon;
     }
 };
 
-void product(const Product& op) { Tower{op}.run(); }
+// A product over some rows, which lie as tiles read them.
+struct Part {
+    const Tower* tower;
+    const uint32_t* left;
+    long row, count;
+};
+
+// The strips of several products, shared out together. Towards the end a thread fetches the first weights of `after`.
+struct Job {
+    const Part* parts;
+    long count;
+    const Tower* after;
+    long strips = 0, whole = 0;  // the other strips are shared out by pieces of their rows
+
+    Job(const Part* parts, long count, const Tower* after) : parts(parts), count(count), after(after) {
+        for (long i = 0; i < count; ++i) strips += parts[i].tower->strips;
+        whole = threads() > 1 ? most(0, strips - threads()) : strips;
+    }
+
+    // The part that `strip` belongs to, counted from its own first one then.
+    const Part& of(long& strip) const {
+        const Part* part = parts;
+        for (; strip >= part->tower->strips; ++part) strip -= part->tower->strips;
+        return *part;
+    }
+
+    Soon weights(long first, long some) const {
+        if (first >= strips) return after ? after->weights(first - strips, first - strips + some) : Soon{};
+        const Tower& tower = *of(first).tower;
+        return tower.weights(first, first + some);
+    }
+
+    // So many strips from `at` are an item, which stays in a thread's cache.
+    long run(long at) const {
+        long strip = at;
+        const Tower& tower = *of(strip).tower;
+        const long near = most(1, NEAR / (STRIP * tower.inner * 4)), share = most(1, (whole - at) / (2 * threads()));
+        return least(least(near, share), least(whole - at, tower.strips - strip));
+    }
+
+    void whole_strips(long at, long some) const {
+        const Soon soon = weights(at + threads() * some, some);
+        const Part& part = of(at);
+        part.tower->item(part.left, part.row, part.count, at, at + some, soon);
+    }
+
+    void piece(long strip, long number) const {
+        const Part& part = of(strip);
+        const long rows = ((part.count + UPRIGHT - 1) / UPRIGHT + PIECES - 1) / PIECES * UPRIGHT;
+        const long begin = number * rows, some = least(rows, part.count - begin);
+        if (some > 0) part.tower->item(part.left + begin * part.tower->stride, part.row + begin, some, strip, strip + 1, {});
+    }
+
+    void run() const {
+        const long items = whole + (strips - whole) * PIECES;
+        long next = 0;
+        parallel(threads(), [&](long) {
+            for (long at = __atomic_load_n(&next, __ATOMIC_RELAXED); at < items;) {
+                const long some = at < whole ? run(at) : 1;
+                if (!__atomic_compare_exchange_n(&next, &at, at + some, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+                at < whole ? whole_strips(at, some) : piece(whole + (at - whole) / PIECES, (at - whole) % PIECES);
+                at = __atomic_load_n(&next, __ATOMIC_RELAXED);
+            }
+        });
+    }
+};
+
+void product(const Product& op) {
+    const Tower tower{op};
+    for (long row = 0; row < op.x.count; row += ROWS_COPIED) {
+        const Part part{&tower, tower.copied(row, LEFT), row, least(ROWS_COPIED, op.x.count - row)};
+        Job(&part, 1, nullptr).run();
+    }
+}
 
 // A tile's steps on all threads without its loads: what no product can be faster than.
 double spin(long rounds) {

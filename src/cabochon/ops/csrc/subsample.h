@@ -70,7 +70,7 @@ struct Front {
             for (long tap = 0; tap < 3; ++tap)
                 tower.copy(made + (place / width_out * 2 + tap) * padded + place % width_out * 2 * op.channels, reach,
                            left + place * tower.stride + tap * reach / Tower::each);
-        tower.items(left, 0, places, 0, tower.strips * PIECES);
+        tower.item(left, 0, places, 0, tower.strips, {});
         finish(sums, first * width_out, places);
     }
 
