@@ -47,7 +47,8 @@ INLINE typename Step<T>::Value read_some(const T* from, long n) {
     return Step<T>::read(some);
 }
 
-template <class T, int R, int C>
+// `Streamed`: the weight comes from memory, so it is asked for a little early.
+template <class T, int R, int C, bool Streamed = false>
 void dots(const T* x, long x_stride, const T* w, long w_stride, long inner, bool onto, float* out) {
     constexpr long SIZE = Step<T>::SIZE;
     F16 acc[R][C];
@@ -58,7 +59,7 @@ void dots(const T* x, long x_stride, const T* w, long w_stride, long inner, bool
         typename Step<T>::Value b[C];
         for (int c = 0; c < C; ++c) {
             b[c] = Step<T>::read(w + c * w_stride + k);
-            if constexpr (R * C == 1) __builtin_prefetch(reinterpret_cast<const char*>(w + k) + AHEAD);
+            if constexpr (Streamed) __builtin_prefetch(reinterpret_cast<const char*>(w + c * w_stride + k) + SOON, 0, 2);
         }
         for (int r = 0; r < R; ++r) {
             const auto a = Step<T>::read(x + r * x_stride + k);
@@ -95,13 +96,19 @@ void fit(long rows, long outputs, const T* x, long x_stride, const T* w, long w_
 template <class T>
 constexpr bool WIDENED = sizeof(T) == 2 && Step<T>::SIZE == LANES;
 
-// A single row reads the weight in one run through memory. (Where the row is long, the weight pushes it out of the cache.)
+// A single row reads the weight in one run through memory. Were it long, the weight would push it out of the cache
+// between one output and the next, so some outputs share it.
 template <class T>
 void dense_row(const Operand& x, long row, const Matrix& w, long output, long outputs, float* out) {
     const T *numbers = static_cast<const T*>(x.data) + row * x.stride, *weight = static_cast<const T*>(w.codes) + output * w.cols;
-    for (long c = 0; c < outputs; ++c, weight += w.cols)
+    const long at_once = w.cols > 2 * INNER ? DOT_OUTPUTS : 1;
+    for (long c = 0; c < outputs;) {
+        const bool shared = outputs - c >= at_once && at_once > 1;
+        const auto some = shared ? dots<T, 1, DOT_OUTPUTS, true> : dots<T, 1, 1, true>;
         for (long from = 0; from < w.cols; from += INNER)
-            dots<T, 1, 1>(numbers + from, x.stride, weight + from, w.cols, least(INNER, w.cols - from), from > 0, out + c);
+            some(numbers + from, x.stride, weight + c * w.cols + from, w.cols, least(INNER, w.cols - from), from > 0, out + c);
+        c += shared ? DOT_OUTPUTS : 1;
+    }
 }
 
 template <class T>
@@ -238,7 +245,7 @@ void block(const Operand& x, long first, long last, const Matrix& w, long output
     if (w.format == INT4) return integer_product<INT4>(x, first, last, w, output, outputs, out);
     if (w.dtype == FLOAT32) return dense_block<float>(x, first, last, w, output, outputs, out);
 #if CABOCHON_AVX512 && defined(__AVX512BF16__)
-    if (last - first == 1 && w.cols <= 2 * INNER) return dense_row<Bf16>(x, first, w, output, outputs, out);
+    if (last - first == 1) return dense_row<Bf16>(x, first, w, output, outputs, out);
     side_by_side_block(x, first, last, w, output, outputs, out);
 #else
     widened_block(x, first, last, w, output, outputs, out);

@@ -11,7 +11,6 @@ namespace {
 constexpr long PANEL = 16;
 constexpr long BLOCK = 64;         // outputs of a work item: four panels
 constexpr long GROUPS_AT_ONCE = 64;  // of a panel while it should stay in L2
-constexpr long AHEAD = 6144;         // bytes that few rows ask memory for before they come to them
 
 // What the byte products add per unit of activation because codes are stored unsigned.
 template <Format F>
@@ -26,6 +25,20 @@ constexpr int offset() {
 template <Format F>
 constexpr long group_bytes() {
     return F == INT8 ? PANEL * GROUP : PANEL * GROUP / 2;
+}
+
+// Few rows ask memory for the weight this many bytes before they come to it. What was timed: the second-level cache is
+// the better place, since the first can wait for few lines at once and then holds computing up; but a row of nibbles, or
+// three of bytes, lose more by fetching from it. A single row of bytes computes next to nothing: the CPU runs ahead by
+// itself, and a far request would be in its way.
+constexpr long AHEAD = 6144, SOON = 2048;
+
+template <Format F, int R>
+INLINE void ask_for(const uint8_t* group) {
+    constexpr bool simple = F == INT8 && R == 1;
+    constexpr int level = !simple && R <= (F == INT8 ? 3 : 1) ? 3 : 2;
+    const uint8_t* from = group + (simple ? SOON : AHEAD);
+    for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(from + line, 0, level);
 }
 
 INLINE int32_t four(const int8_t* from) {
@@ -145,11 +158,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
         I16 total[R][C];
         for (int c = 0; c < C; ++c) {
             b[c] = codes + ((panel + c) * groups + g) * group_bytes<F>();
-            if constexpr (C == 1) {  // decode: the weight comes from memory
-                // into L1 only for rows that wait for memory: others would compute while L1's few requests are under way
-                constexpr int level = R > 4 ? 2 : 3;
-                for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(b[c] + AHEAD + line, 0, level);
-            }
+            if constexpr (C == 1) ask_for<F, R>(b[c]);  // decode: the weight comes from memory
         }
         for (int r = 0; r < R; ++r) {
             a[r] = x.codes + ((row + r) * groups + g) * GROUP;
