@@ -7,7 +7,7 @@
 // and 1.5 for int4 (scales, too). All go on at a time: 37 and 33 % of the peak, where AVX-512 takes 5 cycles.
 #pragma once
 
-#include "integer.h"
+#include "integer_rows.h"
 #include "tiles.h"
 
 namespace {
@@ -138,6 +138,8 @@ template <Format F>
 void integer_product(const Operand& x, long first, long last, const Matrix& w, long output, long outputs, float* out) {
 #if CABOCHON_TILES
     if (last - first >= TILE_ROWS) return tiled_block<F>(x, first, last, w, output, outputs, out);
+#elif CABOCHON_AVX2
+    if (last - first >= OPEN_FROM<F>) return opened_block<F>(x, first, last, w, output, outputs, out);
 #endif
     integer_block<F>(x, first, last, w, output, outputs, out);
 }
