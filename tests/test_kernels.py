@@ -238,6 +238,25 @@ def test_store(random):
     assert torch.equal(pages, twin)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_store_in_8_bits_gives_the_bits_of_its_definition(dtype, random):
+    """Rows of ordinary, of tiny and of no size, and one with something in it that is no number."""
+    size = torch.tensor([1.0, 30.0, 1e-25, 0.0, 1.0])[:, None, None]
+    rows = (torch.randn(5, 3, 70, generator=random) * size).to(dtype)
+    rows[4, 1, 69] = torch.nan
+    slots = torch.tensor([3, 11, 4, 0, 7])
+    pages, twin = (
+        ScaledPages(torch.zeros(3, 4, 3, 70, dtype=torch.int8), torch.zeros(3, 4, 3, 2), 40) for _ in range(2)
+    )
+    for into, store in ((pages, cpu.store), (twin, reference.store)):
+        store(into, rows, slots)
+        store(into, rows, torch.full((5,), -1))
+    assert pages.scales[1, 3, 1, 1].isnan() and twin.scales[1, 3, 1, 1].isnan()
+    for part in (pages, twin):
+        part.scales[1, 3, 1, 1], part.codes[1, 3, 1, 40:] = 0, 0
+    assert torch.equal(pages.codes, twin.codes) and torch.equal(pages.scales, twin.scales)
+
+
 def attention_case(lengths, contexts, heads, kv_heads, head, width, window, dtype, random, slots=16):
     """Requests with `contexts` tokens in shuffled pages and `lengths` tokens in this step."""
     starts = torch.tensor([0, *lengths]).cumsum(0).int()

@@ -24,7 +24,7 @@ from .. import ops
 from ..config import READS_TARGET, DrafterConfig, Kind, ModelConfig
 from ..ops.views import Pages, Past, Rows, View
 from .decoder import Angles, Layer, angles_by_kind
-from .fused import run_layer
+from .fused import Calls, run_layer
 from .layers import Embedding, Linear, RMSNorm
 from .text import Text
 
@@ -99,11 +99,12 @@ class Drafter(nn.Module):
     def _run(
         self, embedded: Tensor, hidden: Tensor, stored: Stored, angles: Mapping[Kind, Angles]
     ) -> tuple[Tensor, Tensor]:
-        x = self.pre_projection(torch.cat([embedded, hidden], -1))
+        x, calls = self.pre_projection(torch.cat([embedded, hidden], -1)), Calls()
         for layer in self.layers:
             kind = layer.spec.kind
             step = {READS_TARGET: stored.step[kind]}
-            x = run_layer(layer, x, None, step, stored.view(kind), angles[kind], stored.k_weight.get(kind))
+            x = run_layer(calls, layer, x, None, step, stored.view(kind), angles[kind], stored.k_weight.get(kind))
+        calls.make()
         x = self.norm(x)
         return x, self.post_projection(x)
 

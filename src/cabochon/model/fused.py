@@ -1,12 +1,13 @@
 """Decoder layers in one call of the CPU kernels, where those take them: dense feed-forward, keys and values apart.
 
-`Layer.forward` op by op is the definition and what training runs. With one call per layer instead of some twenty ops
-the interpreter is out of a decode step's way; the kernels, their order and the roundings between them are the same.
+`Layer.forward` op by op is the definition and what training runs. A call does what some twenty ops do, and calls of a
+step with few rows are put off and made together: whatever the interpreter does between two layers it does with empty
+caches, six times as slowly. The kernels, their order and the roundings between them are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,38 @@ _MATRICES = (
     "per_layer_projection",
 )
 _NOTHING = (0, 0, 0, 0, 0, 0)
+_FEW = 64
+"""So many rows wait for each other: what they store stays in memory until then."""
+
+
+class Calls:
+    """Layers that are called together, and what is to be done after them."""
+
+    def __init__(self) -> None:
+        self._calls: list[Any] = []
+        self._needed: list[Tensor] = []
+        self._after: list[Callable[[], None]] = []
+
+    def add(self, call: Any, rows: int, *tensors: Tensor | None) -> None:
+        """A prepared layer with its arguments, which hold addresses of `tensors`."""
+        self._calls.append(call)
+        self._needed += [tensor for tensor in tensors if tensor is not None]
+        if rows > _FEW:
+            self.make()
+
+    def then(self, what: Callable[[], None]) -> None:
+        """Do `what` after the layers that wait; at once if none does."""
+        self._after.append(what)
+        if not self._calls:
+            self.make()
+
+    def make(self) -> None:
+        """Now: somebody wants the results."""
+        if self._calls:
+            cpu.run_layers(self._calls)
+        for what in self._after:
+            what()
+        self._calls, self._needed, self._after = [], [], []
 
 
 class FusedLayer:
@@ -48,18 +81,16 @@ class FusedLayer:
     def __init__(self, layer: Layer, x: Tensor) -> None:
         self.spec, self.dtype, self.row_width = layer.spec, x.dtype, layer.self_attn.row_width
         self.links = list(_links(layer))
-        self.weights = [value for _, _, value in self.links if isinstance(value, Tensor | QuantTensor)]
-        self.addresses = [_address(weight) for weight in self.weights]
         self.kernel = _kernel(layer, x)
 
     def current(self, x: Tensor) -> bool:
         """Are modules and weights still those that were looked up? Any of them may have been replaced or converted."""
-        if x.dtype != self.dtype or any(holder.get(key) is not value for holder, key, value in self.links):
-            return False
-        return [_address(weight) for weight in self.weights] == self.addresses
+        return x.dtype == self.dtype and cpu.unchanged(self.links)
 
-    def run(self, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], view: View, angles: Angles) -> Tensor | None:
-        """`Layer.forward`; None where the kernels can't."""
+    def run(
+        self, calls: Calls, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], view: View, angles: Angles
+    ) -> Tensor | None:
+        """`Layer.forward`, whose result is there when `calls` are made; None where the kernels can't."""
         spec, (cos, sin) = self.spec, angles
         seen = cpu.seen_by(x.dtype, view)
         if self.kernel is None or seen is None or cos.dtype != x.dtype:
@@ -68,9 +99,9 @@ class FusedLayer:
             step[spec.index] = x.new_empty(x.shape[0], spec.kv_heads, self.row_width)
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         of_layer = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
-        turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[1])
-        stored = step[spec.reads_kv_of].data_ptr()
-        self.kernel.run(x.data_ptr(), x.shape[0], y.data_ptr(), stored, *turn, *of_layer, seen)
+        turn, stored = (cos.data_ptr(), sin.data_ptr(), cos.shape[1]), step[spec.reads_kv_of]
+        call = (self.kernel, x.data_ptr(), x.shape[0], y.data_ptr(), stored.data_ptr(), *turn, *of_layer, seen)
+        calls.add(call, x.shape[0], x, stored, cos, sin, ple)
         return y
 
 
@@ -78,6 +109,7 @@ _fused: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
 
 
 def run_layer(
+    calls: Calls,
     layer: Layer,
     x: Tensor,
     ple: Tensor | None,
@@ -86,9 +118,10 @@ def run_layer(
     angles: Angles,
     k_weight: Tensor | None,
 ) -> Tensor:
-    """`layer(...)`, in one call where that can be."""
-    if (whole := fused(layer, x)) and (y := whole.run(x, ple, step, view, angles)) is not None:
+    """`layer(...)`, in one call where that can be, which then is one of `calls`."""
+    if (whole := fused(layer, x)) and (y := whole.run(calls, x, ple, step, view, angles)) is not None:
         return y
+    calls.make()
     out: Tensor = layer(x, ple, step, view, angles, k_weight)
     return out
 
@@ -103,20 +136,18 @@ def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
     return known
 
 
-def _links(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """(holder, key, value) of every module and weight below `module`."""
+def _links(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int]]:
+    """(holder, key, value, address) of every module and weight below `module`. A tensor may get other numbers."""
     for holder in (module._parameters, module._buffers, module.__dict__):
         for key, value in holder.items():
-            if isinstance(value, Tensor | QuantTensor):
-                yield holder, key, value
+            if isinstance(value, Tensor):
+                yield holder, key, value, value.data_ptr()
+            elif isinstance(value, QuantTensor):
+                yield holder, key, value, 0
     for key, child in module._modules.items():
         if child is not None:
-            yield module._modules, key, child
+            yield module._modules, key, child, 0
             yield from _links(child)
-
-
-def _address(weight: Tensor | QuantTensor) -> int:
-    return weight.data_ptr() if isinstance(weight, Tensor) else weight.codes.data_ptr()
 
 
 def _kernel(layer: Layer, x: Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -57,10 +59,17 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
     Angles are taken in float32 and rounded to the model's type, as the reference does; at position 131,071 this differs
     from exact angles, so computing them "better" would be worse.
     """
-    exponent = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = position.float()[:, None] * (1.0 / rope.theta**exponent)
+    angle = position.float()[:, None] * _frequencies(rope, head_dim, position.device)
     cos, sin = ops.cos_sin(angle)
     return cos.to(dtype), sin.to(dtype)
+
+
+@cache
+def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """Radians per position [rotated / 2] of every pair that turns."""
+    with torch.inference_mode(False):  # they outlive the step that asked first
+        exponent = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=device) / head_dim
+        return 1.0 / rope.theta**exponent
 
 
 class ClippedLinear(nn.Module):

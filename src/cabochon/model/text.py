@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .. import ops
 from ..config import Kind, TextConfig
 from .batch import Batch
 from .decoder import Layer, angles_by_kind
-from .fused import run_layer
+from .fused import Calls, run_layer
 from .layers import Embedding, Linear, RMSNorm
 
 
@@ -68,22 +69,24 @@ class Text(nn.Module):
         ple = self.per_layer_inputs(x, batch)
         angles = angles_by_kind(self.config.layers, batch.rows.position, x.dtype)
         step: dict[int, Tensor] = {}
-        skip = False
+        calls, skip = Calls(), False
         for i, layer in enumerate(self.layers):
             spec = layer.spec
             if not spec.owns_kv and not skip and batch.tail.index is not None:
+                calls.make()
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]
                 angles = angles_by_kind(self.config.layers, batch.tail.position, x.dtype)
                 skip = True
             of_layer = None if ple is None else ple[:, i]
             k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
-            x = run_layer(layer, x, of_layer, step, batch.view(spec, skip), angles[spec.kind], k_weight)
+            x = run_layer(calls, layer, x, of_layer, step, batch.view(spec, skip), angles[spec.kind], k_weight)
             if self.last_reader[spec.reads_kv_of] == i:
                 rows = step.pop(spec.reads_kv_of)
-                self._store(spec.reads_kv_of, spec.kind, rows, batch)
+                calls.then(partial(self._store, spec.reads_kv_of, spec.kind, rows, batch))
                 if kept is not None:
                     kept[spec.kind] = rows
+        calls.make()
         if batch.tail.index is not None and not skip:
             x = x[batch.tail.index]
         return self.norm(x if batch.wanted is None else x[batch.wanted])

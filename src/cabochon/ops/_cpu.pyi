@@ -43,7 +43,9 @@ def cos_sin(angles: int, count: int, cos: int, sin: int, /) -> None: ...
 def rope(
     x: int, cos: int, sin: int, y: int, dtype: int, tokens: int, heads: int, head: int, half_rotated: int, /
 ) -> None: ...
-def store(pages: int, rows: int, slots: int, tokens: int, bytes: int, /) -> None: ...
+def store(
+    pages: int, scales: int, rows: int, slots: int, dtype: int, tokens: int, kv_heads: int, width: int, split: int, /
+) -> None: ...
 def attend(q: int, step: int, seen: Seen, shape: Stored, out: int, dtype: int, heads: int, head: int, /) -> None: ...
 
 class Layer:
@@ -55,21 +57,15 @@ class Layer:
         stored: Stored,
         /,
     ) -> None: ...
-    def run(
-        self,
-        x: int,
-        count: int,
-        y: int,
-        step: int,
-        cos: int,
-        sin: int,
-        half_rotated: int,
-        ple: int,
-        ple_stride: int,
-        seen: Seen,
-        /,
-    ) -> None: ...
 
+Call = tuple[Layer, int, int, int, int, int, int, int, int, int, Seen]
+"""layer, x, rows, y, rows of the step; cos, sin, how many numbers turn; PLE and its stride, or 0; what came before."""
+
+Link = tuple[dict[str, object], str, object, int]
+"""A dictionary, a key, the value that was found there; the address of its numbers where that may change, or 0."""
+
+def layers(calls: list[Call], /) -> None: ...
+def unchanged(links: list[Link], /) -> bool: ...
 def attend_all(
     q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
 ) -> None: ...

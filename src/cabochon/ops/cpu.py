@@ -257,13 +257,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:
-    if not isinstance(pages, Tensor) or pages.dtype != rows.dtype:
+    codes, scales, split = stored(pages)
+    if codes.dtype != (rows.dtype if scales is None else torch.int8) or rows.shape[0] == 0:
         return reference.store(pages, rows, slots)
-    rows = rows.contiguous()
-    tokens = rows.shape[0]
-    if tokens:
-        _cpu.store(pages.data_ptr(), rows.data_ptr(), slots.data_ptr(), tokens, rows.nbytes // tokens)
+    rows, slots = rows.contiguous(), slots.contiguous()
+    addresses = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), rows.data_ptr(), slots.data_ptr())
+    tokens, kv_heads, width = rows.shape
+    _cpu.store(*addresses, DTYPES[rows.dtype], tokens, kv_heads, width, split)
     return None
+
+
+def stored(pages: Pages) -> tuple[Tensor, Tensor | None, int]:
+    """Codes, their scales, and where the second scale begins; numbers have no scales."""
+    return (pages.codes, pages.scales, pages.split) if isinstance(pages, ScaledPages) else (pages, None, 0)
 
 
 def attend(
@@ -292,14 +298,12 @@ def seen_by(dtype: torch.dtype, view: View) -> _cpu.Seen | None:
     step, requests = (view.start.data_ptr(), view.context.data_ptr()), view.context.shape[0]
     if past is None or pages is None:
         return 0, 0, 0, 0, 0, 0, *asking, *step, 0, requests
-    codes, scales, split = (
-        (pages.codes, pages.scales, pages.split) if isinstance(pages, ScaledPages) else (pages, None, 0)
-    )
+    codes, scales, split = stored(pages)
     if codes.dtype != (dtype if scales is None else torch.int8):
         return None
     assert past.table.is_contiguous()
-    stored = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), past.table.data_ptr(), past.table.shape[1])
-    return *stored, codes.shape[1], split, *asking, *step, past.first.data_ptr(), requests
+    address = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), past.table.data_ptr())
+    return *address, past.table.shape[1], codes.shape[1], split, *asking, *step, past.first.data_ptr(), requests
 
 
 def prepare_layer(
@@ -310,6 +314,16 @@ def prepare_layer(
 ) -> _cpu.Layer:
     """A decoder layer whose weights were looked up, see `model.fused` and `csrc/ops.h`."""
     return _cpu.Layer(head, vectors, matrices, stored)
+
+
+def unchanged(links: list[_cpu.Link]) -> bool:
+    """Are modules and weights still where they were found?"""
+    return _cpu.unchanged(links)
+
+
+def run_layers(calls: list[_cpu.Call]) -> None:
+    """Prepared layers with their arguments, one after the other."""
+    _cpu.layers(calls)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

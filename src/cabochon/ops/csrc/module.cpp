@@ -170,9 +170,21 @@ void rope(Address x, Address cos, Address sin, Address y, int dtype, long tokens
     call(active->rope, op, double(tokens) * heads * head);
 }
 
-void store(Address pages, Address rows, Address slots, long tokens, long bytes) {
-    const Store op{reinterpret_cast<void*>(pages), reinterpret_cast<const void*>(rows), reinterpret_cast<const int64_t*>(slots), tokens, bytes};
-    call(active->store, op, double(tokens) * bytes);
+void store(Address pages, Address scales, Address rows, Address slots, int dtype, long tokens, long kv_heads, long width, long split) {
+    const Store op{reinterpret_cast<void*>(pages), reinterpret_cast<float*>(scales), reinterpret_cast<const void*>(rows),
+                   reinterpret_cast<const int64_t*>(slots), Dtype(dtype), tokens, kv_heads, width, split};
+    call(active->store, op, double(tokens) * kv_heads * width);
+}
+
+// Are modules and weights still where they were found? Links are (dictionary, key, value, address of a tensor's numbers or 0).
+bool unchanged(const nb::list& links) {
+    for (const nb::handle link : links) {
+        PyObject* const* part = &PyTuple_GET_ITEM(link.ptr(), 0);
+        if (PyDict_GetItemWithError(part[0], part[1]) != part[2]) return false;
+        const auto address = nb::cast<Address>(nb::handle(part[3]));
+        if (address && nb::cast<Address>(nb::handle(part[2]).attr("data_ptr")()) != address) return false;
+    }
+    return true;
 }
 
 const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
@@ -227,20 +239,27 @@ struct PreparedLayer {
         weights.kv_heads = shape.kv_heads;
     }
 
-    void run(Address x, long count, Address y, Address step, Address cos, Address sin, long half_rotated, Address ple,
-             long ple_stride, nb::tuple past) const {
-        Attend seen = attended(past);
-        seen.step = reinterpret_cast<const void*>(step);
+    // With its arguments as Python hands them over: (layer, x, count, y, step, cos, sin, half_rotated, ple, ple_stride, past).
+    Layer with(const nb::tuple& a) const {
+        const auto at = [&](int i) { return reinterpret_cast<const void*>(nb::cast<Address>(a[i])); };
+        Attend seen = attended(nb::cast<nb::tuple>(a[10]));
+        seen.step = at(4);
         seen.dtype = shape.dtype, seen.heads = shape.heads, seen.head = shape.head;
         seen.kv_heads = shape.kv_heads, seen.width = shape.width, seen.window = shape.window;
         seen.key_offset = shape.key_offset, seen.value_offset = shape.value_offset;
         const long width = weights.q.cols;
-        const Layer op{&weights, rows(x, weights.dtype, count, width, width), reinterpret_cast<void*>(y),
-                       reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin), half_rotated,
-                       reinterpret_cast<const void*>(ple), ple_stride, seen};
-        call(active->layer, op, 1e9);
+        return {&weights, rows(nb::cast<Address>(a[1]), weights.dtype, nb::cast<long>(a[2]), width, width),
+                const_cast<void*>(at(3)), at(5), at(6), nb::cast<long>(a[7]), at(8), nb::cast<long>(a[9]), seen};
     }
 };
+
+// One after the other. All arguments are looked at first: between two layers nothing of the interpreter is in the caches.
+void layers(const std::vector<nb::tuple>& calls) {
+    std::vector<Layer> ops;
+    for (const nb::tuple& call : calls) ops.push_back(nb::cast<const PreparedLayer&>(call[0]).with(call));
+    nb::gil_scoped_release release;
+    for (const Layer& op : ops) active->layer(op);
+}
 
 void attend_all(Address q, Address k, Address v, Address out, int dtype, long batch, long count, long heads, long head) {
     const AttendAll op{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
@@ -374,8 +393,9 @@ NB_MODULE(_cpu, m) {
     m.def("store", store);
     m.def("attend", attend);
     nb::class_<PreparedLayer>(m, "Layer", "A decoder layer whose weights were looked up once.")
-        .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple>())
-        .def("run", &PreparedLayer::run);
+        .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple>());
+    m.def("unchanged", unchanged);
+    m.def("layers", layers, "Decoder layers, one after the other.");
     m.def("attend_all", attend_all);
     m.def("product", product);
     m.def("settle", settle);

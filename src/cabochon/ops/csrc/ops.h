@@ -82,10 +82,12 @@ struct Rope {
 };
 
 struct Store {
-    void* pages;        // [pages, S, K, W]
+    void* pages;        // [pages, S, K, W] in `dtype`; int8 where there are scales
+    float* scales;      // [pages, S, K, 2] or null: of a row's first `split` numbers, and of the others
     const void* rows;   // [T, K, W]
     const int64_t* slots;  // [T], -1: not stored
-    long tokens, bytes;    // of a token's row
+    Dtype dtype;
+    long tokens, kv_heads, width, split;
 };
 
 struct Attend {

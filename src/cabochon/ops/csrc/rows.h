@@ -88,11 +88,40 @@ void rope_rows(const Rope& op) {
 
 void rope(const Rope& op) { op.dtype == FLOAT32 ? rope_rows<float>(op) : rope_rows<Bf16>(op); }
 
-void store_rows(const Store& op) {
-    for (long token = 0; token < op.tokens; ++token)
-        if (op.slots[token] >= 0)
-            memcpy(static_cast<char*>(op.pages) + op.slots[token] * op.bytes,
-                   static_cast<const char*>(op.rows) + token * op.bytes, op.bytes);
+// Numbers as codes from -127 to 127; returns their scale, no number if any of them is none.
+template <class T>
+float store_codes(const T* from, int8_t* to, long width) {
+    F16 top = zero(), odd = zero();
+    for (long i = 0; i < width; i += LANES) {
+        const F16 v = get(from + i, width - i);
+        top = larger(larger(v, 0.0f - v), top), odd = odd + (v - v);
+    }
+    const float largest = maximum(top) / 127, scale = largest > 1e-20f ? largest : 1e-20f;
+    for (long i = 0; i < width; i += LANES) {
+        int8_t codes[LANES];
+        put_bytes(codes, rounded(get(from + i, width - i) / scale));
+        memcpy(to + i, codes, least(width - i, LANES));
+    }
+    return scale + sum(odd);
 }
+
+template <class T>
+void store_typed(const Store& op) {
+    const long width = op.kv_heads * op.width;
+    over_rows(op.tokens, width, [&](long token) {
+        const long slot = op.slots[token];
+        if (slot < 0) return;
+        const T* from = static_cast<const T*>(op.rows) + token * width;
+        if (!op.scales) return (void)memcpy(static_cast<T*>(op.pages) + slot * width, from, width * sizeof(T));
+        for (long h = 0; h < op.kv_heads; ++h, from += op.width) {
+            auto* to = static_cast<int8_t*>(op.pages) + slot * width + h * op.width;
+            float* scales = op.scales + (slot * op.kv_heads + h) * 2;
+            scales[0] = store_codes(from, to, op.split);
+            scales[1] = store_codes(from + op.split, to + op.split, op.width - op.split);
+        }
+    });
+}
+
+void store_rows(const Store& op) { op.dtype == FLOAT32 ? store_typed<float>(op) : store_typed<Bf16>(op); }
 
 }  // namespace
