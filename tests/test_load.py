@@ -70,6 +70,28 @@ def test_progress_ends_at_the_total(toy):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_what_comes_next_is_on_its_way_and_no_more(monkeypatch, toy):
+    """Every tensor is announced before it is read, in the same order, but for those that are too large."""
+    limit, source = 20_000, SafetensorsSource(toy)
+    monkeypatch.setattr("cabochon.weights.load.EXPECTED", limit)
+    told, done = [], []
+
+    def expect(name):
+        told.append(name)
+        assert sum(source.nbytes(each) for each in told[len(done) : -1]) < limit
+
+    def read(name):
+        assert (name in told) == (source.nbytes(name) < limit)
+        done.append(name)
+        return SafetensorsSource.read(source, name)
+
+    source.expect, source.read = expect, read
+    config = read_config(toy)
+    fill(empty(config), source, config, dtype=torch.bfloat16)
+    assert told == [name for name in done if source.nbytes(name) < limit]
+    assert 0 < len(told) < len(done)
+
+
 def test_the_peak_is_the_model_and_one_tensor(monkeypatch, toy):
     """No tensor is read before the one before it is in place and its stored form is gone."""
     alive = []

@@ -1,5 +1,8 @@
 """Weights quantised and packed by the kernels: the bits of `quant`, whatever the shape and the numbers."""
 
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from cabochon import quant
 from cabochon.errors import InputError
 from cabochon.ops import cpu, packing
 
-SHAPES = [(1, 1), (16, 32), (17, 33), (50, 70), (3, 20, 70), (2, 16, 64), (2, 3, 5, 40)]
+SHAPES = [(1, 1), (16, 32), (17, 33), (50, 70), (40, 96), (3, 20, 70), (2, 16, 64), (2, 3, 5, 40)]
 
 
 @pytest.fixture(params=cpu.supported() or ["reference"], autouse=True)
@@ -96,3 +99,35 @@ def test_without_kernels_blocks_change_nothing(monkeypatch, format):
 def test_unknown_format_names_the_known_ones():
     with pytest.raises(InputError, match=r"'int3'.*int8, int4"):
         packing.quantize(torch.randn(2, 2), "int3")
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_weights_lie_side_by_side_in_an_arena(monkeypatch, format):
+    monkeypatch.setattr(packing.Arena, "PIECE", 1 << 13)
+    arena = packing.Arena()
+    weights = [torch.randn(shape) for shape in ((20, 40), (3, 20, 70), (64, 96), (1, 1), (160, 96), (33, 50))]
+    made = [packing.pack(quant.quantize(weights[0], format), arena)]
+    made += [packing.quantize(weight, format, "panels", arena) for weight in weights[1:]]
+    for weight, packed in zip(weights, made, strict=True):
+        assert_same(packed, quant.pack(quant.quantize(weight, format)))
+    if not cpu.on():
+        return
+    spans = sorted((part.data_ptr(), part.nbytes) for packed in made for part in (packed.codes, packed.scales))
+    assert all(begin % packing.CACHE_LINE == 0 for begin, _ in spans)
+    assert all(begin + size <= behind for (begin, size), (behind, _) in pairwise(spans))
+    pieces = {part.untyped_storage().data_ptr() for packed in made for part in (packed.codes, packed.scales)}
+    assert len(pieces) < len(spans)
+    assert len(arena.empty((3, 5), torch.float16)) == 3
+
+
+def test_a_piece_of_an_arena_goes_with_its_last_weight(monkeypatch):
+    monkeypatch.setattr(packing.Arena, "PIECE", 1 << 10)
+    arena = packing.Arena()
+    first, second = arena.empty((512,), torch.uint8), arena.empty((512,), torch.uint8)
+    alive = weakref.ref(first.untyped_storage())
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    arena.empty((1,), torch.uint8)
+    del first
+    assert alive() is not None
+    del second, arena
+    assert alive() is None

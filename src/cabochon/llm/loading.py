@@ -20,6 +20,7 @@ from ..hub import BUNDLED, locate
 from ..model.drafter import Drafter
 from ..model.gemma4 import Gemma4
 from ..modelfile import Recipe, made
+from ..ops.cpu import give_back
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.load import Progress, Source, fill, quantizer
 from ..weights.params import own_format
@@ -73,11 +74,12 @@ def load(
     check_media(media)
     if config.drafter is not None:
         raise InputError(f"{name} is a drafter, which only speaks along with its model; load that one instead.")
-    # Before the model takes its minutes: a wrong drafter is told at once.
+    # Before the model takes its minutes: a wrong drafter or tokenizer is told at once.
     pair = open_drafter(drafter, config, found.folder)
-    network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization, media)
     tokenizer = tokenizer_of(found, name)
     template = _template(found, name, tokenizer) if tokenizer else None
+    give_back()  # parsing 262,144 words took three times what they take, which the weights shall not lie on top of
+    network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization, media)
     rounded = quantization or own_format(config)
     guesser = _drafter(pair, network, there, progress, rounded) if isinstance(pair, Checkpoint) else pair
     recipe = made(model) if isinstance(model, str) and not Path(model).expanduser().exists() else None

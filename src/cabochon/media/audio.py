@@ -14,13 +14,16 @@ import wave
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MediaError
 from .container import open_container
+
+if TYPE_CHECKING:
+    import av
 
 Samples = NDArray[np.float32]
 
@@ -66,6 +69,8 @@ def read_audio(data: bytes, max_seconds: float) -> Samples:
 
 def _resampled(container: av.container.InputContainer) -> Iterator[Samples]:
     """Channels are averaged here: FFmpeg's own downmix of two equal channels comes out louder by the root of two."""
+    import av
+
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     for frame in chain(container.decode(audio=0), [None]):
         for piece in resampler.resample(frame):

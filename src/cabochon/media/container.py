@@ -7,8 +7,10 @@ a stranger's upload could use them to read ours. So the demuxer must be one of a
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
-import av
+if TYPE_CHECKING:
+    import av
 
 FORMATS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,m4a,3gp,3g2,"
@@ -18,5 +20,7 @@ FORMATS = (
 
 def open_container(data: bytes) -> av.container.InputContainer:
     """An opened container; raises whatever FFmpeg raises for data that is not one."""
+    import av  # with all of FFmpeg: who sends no sound and no video should not wait for it
+
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     return av.open(io.BytesIO(data), mode="r", metadata_errors="ignore", options=options)

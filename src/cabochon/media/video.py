@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 
 from ..errors import MediaError
 from . import image
 from .container import open_container
 from .image import Pixels
+
+if TYPE_CHECKING:
+    import av
 
 DEFAULT_FRAMES = 32
 DEFAULT_BUDGET = 70
@@ -98,6 +101,8 @@ def read_video(data: bytes, sampling: Sampling, *, max_pixels: int, max_seconds:
 
 def _decoded(data: bytes, wanted: list[int], max_pixels: int) -> Iterator[tuple[int, Pixels]]:
     """(index, RGB [H, W, 3]) of the wanted frames; a damaged end gives fewer, and so do frames that grow too large."""
+    import av
+
     missing = set(wanted)
     with open_container(data) as container:
         stream = container.streams.video[0]

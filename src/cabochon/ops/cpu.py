@@ -370,3 +370,9 @@ def prefer_huge_pages(memory: Tensor) -> None:
     """Ask for 2 MiB pages under `memory`, which nobody has written yet; without kernels nothing happens."""
     if _on and memory.nbytes >= HUGE_PAGE:
         _cpu.huge_pages(memory.data_ptr(), memory.nbytes)
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system; without kernels nothing happens."""
+    if _on:
+        _cpu.give_back()

@@ -37,6 +37,9 @@ class GGUFTensor:
     kind: BlockType
     raw: np.ndarray[Any, np.dtype[np.uint8]]
     """A view into the map; nothing is read until it is touched."""
+    file: Path
+    begin: int
+    """Offset of its first byte in the file."""
 
     def blocks(self) -> Tensor:
         """[blocks, bytes per block] uint8, still mapped."""
@@ -203,7 +206,9 @@ class _Cursor:
             end = offset + size
             if start + end > len(self.data):
                 raise self.fail(f"tensor {name!r} ends {start + end - len(self.data)} bytes after the file does")
-            found[name] = GGUFTensor(name, shape, kind, bytes_of[start + offset : start + end])
+            found[name] = GGUFTensor(
+                name, shape, kind, bytes_of[start + offset : start + end], self.path, start + offset
+            )
         return found
 
 

@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..quant import QuantTensor
 from .gguf import GGUFFile, GGUFTensor
 from .gguf_towers import restore, tower_name
+from .header import expect
 from .params import Param, Shape, parameters
 
 _OURS_TO_MAKE = ("rope_freqs.weight",)
@@ -49,8 +50,14 @@ class GGUFSource:
         return {name: _stacked(parts) for name, parts in self.parts.items()} | towers
 
     def nbytes(self, name: str) -> int:
-        parts = [self.towers[name][1]] if name in self.towers else self.parts[name]
-        return sum(tensor.raw.nbytes for tensor in parts)
+        return sum(tensor.raw.nbytes for tensor in self._stored(name))
+
+    def expect(self, name: str) -> None:
+        for tensor in self._stored(name):
+            expect(tensor.file, tensor.begin, tensor.raw.nbytes)
+
+    def _stored(self, name: str) -> list[GGUFTensor]:
+        return [self.towers[name][1]] if name in self.towers else self.parts[name]
 
     def read(self, name: str) -> Tensor | QuantTensor:
         if name in self.towers:

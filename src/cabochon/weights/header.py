@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,13 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     if lost := [name for name in places if name not in entries]:
         raise CheckpointError(f"{INDEX} lists {lost[0]} and {len(lost) - 1} more tensors that no shard holds")
     return entries
+
+
+def expect(file: Path, begin: int, nbytes: int) -> None:
+    """Have the system start reading a part of a file that is wanted soon; where it can't be asked, nothing happens."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb", buffering=0) as opened:
+            os.posix_fadvise(opened.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def file_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:

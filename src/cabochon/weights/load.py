@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, to_json
 from ..errors import CheckpointError, InputError
-from ..ops.packing import pack, quantize
+from ..ops.packing import Arena, pack, quantize
 from ..quant import Layout, QuantTensor, dequantize
 from . import safetensors
 from .params import Param, Shape, parameters
@@ -29,6 +29,11 @@ Convert = Callable[[Param, Tensor | QuantTensor], Tensor | QuantTensor]
 """What becomes of a weight (a plain tensor is already of the wanted type) before it is put in place."""
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
+
+
+EXPECTED = 1 << 28
+"""Bytes that are on their way from the disk while others are worked on. What is larger comes when it is read: that is
+one long read, or a table that stays in its file."""
 
 
 class Source(Protocol):
@@ -40,6 +45,9 @@ class Source(Protocol):
     def shapes(self) -> dict[str, Shape]: ...
 
     def nbytes(self, name: str) -> int: ...
+
+    def expect(self, name: str) -> None:
+        """It is read soon: whatever has to come from a disk may start to."""
 
     def read(self, name: str) -> Tensor | QuantTensor: ...
 
@@ -65,7 +73,7 @@ def fill(
     plan = _match(source, parameters(config, unused=True), wanted)
     total = sum(source.nbytes(name) for _, name in plan)
     done = 0
-    for param, name in plan:
+    for param, name in _expected(source, plan):
         tensor = source.read(name)
         if isinstance(tensor, QuantTensor):
             tensor = replace(tensor, dtype=dtype)
@@ -80,11 +88,25 @@ def fill(
             progress(done, total)
 
 
+def _expected(source: Source, plan: list[tuple[Param, str]]) -> Iterator[tuple[Param, str]]:
+    """The plan, of which the following `EXPECTED` bytes are always on their way."""
+    coming, told = 0, 0
+    for item in plan:
+        while told < len(plan) and coming < EXPECTED:
+            size = source.nbytes(plan[told][1])
+            if size < EXPECTED:
+                source.expect(plan[told][1])
+            coming, told = coming + size, told + 1
+        yield item
+        coming -= source.nbytes(item[1])
+
+
 def quantizer(format: str | None, *, panels: bool) -> Convert:
     """Matrices become `format` as they come in (None: they keep theirs); with `panels` in the CPU kernels' layout.
 
     Per-layer embeddings are looked up by row and never multiplied, so they stay in rows.
     """
+    arena = Arena()
 
     def convert(param: Param, tensor: Tensor | QuantTensor) -> Tensor | QuantTensor:
         layout: Layout = "panels" if panels and param.part != "per_layer_embedding" else "rows"
@@ -93,8 +115,8 @@ def quantizer(format: str | None, *, panels: bool) -> Convert:
         if isinstance(tensor, Tensor):
             if format is None or not param.quantize:
                 return tensor
-            return quantize(tensor, format, layout)
-        return pack(tensor) if layout == "panels" else tensor
+            return quantize(tensor, format, layout, arena if layout == "panels" else None)
+        return pack(tensor, arena) if layout == "panels" else tensor
 
     return convert
 

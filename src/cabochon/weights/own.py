@@ -55,9 +55,14 @@ class OwnSource:
         return self.logical | {name: shape for name, shape in self.stored.shapes().items() if name not in parts}
 
     def nbytes(self, name: str) -> int:
-        if name in self.logical:
-            return self.stored.nbytes(f"{name}.codes") + self.stored.nbytes(f"{name}.scales")
-        return self.stored.nbytes(name)
+        return sum(self.stored.nbytes(part) for part in self._parts(name))
+
+    def expect(self, name: str) -> None:
+        for part in self._parts(name):
+            self.stored.expect(part)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return (f"{name}.codes", f"{name}.scales") if name in self.logical else (name,)
 
     def read(self, name: str) -> Tensor | QuantTensor:
         if name not in self.logical:

@@ -102,6 +102,9 @@ class RandomSource:
     def nbytes(self, name: str) -> int:
         return self.params[name].count * self.dtype.itemsize
 
+    def expect(self, name: str) -> None:
+        pass
+
     def read(self, name: str) -> Tensor:
         param = self.params[name]
         return calm_tensor(param.name, param.shape, seed=self.seed, dtype=self.dtype)

@@ -8,17 +8,17 @@ repacked at once, and tables of which a step needs a few rows, are better left i
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, brief
 from ..ops.cpu import prefer_huge_pages
-from .header import INDEX, SINGLE, Entry, read_folder, read_header
+from .header import INDEX, SINGLE, Entry, expect, read_folder, read_header
 from .params import Shape
 
 DTYPES = {
@@ -51,6 +51,10 @@ class SafetensorsSource:
     def nbytes(self, name: str) -> int:
         return self.entries[name].nbytes
 
+    def expect(self, name: str) -> None:
+        entry = self.entries[name]
+        expect(entry.file, entry.begin, entry.nbytes)
+
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, in memory of its own."""
         entry = self._entry(name)
@@ -69,8 +73,12 @@ class SafetensorsSource:
     def mapped(self, name: str) -> Tensor:
         """The tensor `name` where it lies in the file: what is never looked at takes no memory."""
         entry = self._entry(name)
-        raw = np.memmap(entry.file, np.uint8, mode="c", offset=entry.begin, shape=(entry.nbytes,))
-        return torch.from_numpy(raw).view(DTYPES[entry.dtype]).view(entry.shape)
+        inside = entry.begin % mmap.ALLOCATIONGRANULARITY
+        with entry.file.open("rb", buffering=0) as file:
+            size, begin = inside + entry.nbytes, entry.begin - inside
+            memory = mmap.mmap(file.fileno(), size, offset=begin, access=mmap.ACCESS_COPY)
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=inside)
+        return raw.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def _entry(self, name: str) -> Entry:
         entry = self.entries[name]

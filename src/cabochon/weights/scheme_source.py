@@ -7,7 +7,7 @@ Each logical `x.weight` is found by its scheme's marker and rebuilt when it is r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -80,9 +80,20 @@ class SchemeSource:
         return logical
 
     def nbytes(self, name: str) -> int:
+        return sum(self.stored.nbytes(part) for part in self._parts(name))
+
+    def expect(self, name: str) -> None:
+        for part in self._parts(name):
+            self.stored.expect(part)
+
+    def _parts(self, name: str) -> Iterator[str]:
+        """The names of all that is stored of it."""
         if name in self.experts:
-            return sum(self.nbytes(part) for parts in self.experts[name] for part in parts)
-        return sum(self.stored.nbytes(stored) for stored in self.quantized.get(name, {"": name}).values())
+            for parts in self.experts[name]:
+                for part in parts:
+                    yield from self._parts(part)
+        else:
+            yield from self.quantized.get(name, {"": name}).values()
 
     def read(self, name: str) -> Tensor:
         if name in self.experts:

@@ -6,6 +6,9 @@
 
 #include <cmath>
 #include <cstring>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "amx.h"
 #include "pool.h"
@@ -302,6 +305,13 @@ double spin(long rounds) {
 
 void huge_pages(Address data, long bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); }
 
+// What was freed goes back to the system, as far as the C library knows how.
+void give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 const void* at(Address a) { return reinterpret_cast<const void*>(a); }
 
 // The ranges in and out of a clipped matrix, as Python hands them over: dtypes and addresses of four numbers, or nothing.
@@ -409,5 +419,6 @@ NB_MODULE(_cpu, m) {
     m.def("spin", spin, "Multiplies in registers only, on all threads; how many operations those were.");
     m.def("lookup", lookup);
     m.def("huge_pages", huge_pages);
+    m.def("give_back", give_back);
     m.def("read", read_memory);
 }

@@ -197,21 +197,51 @@ void quantize(const Packing& op) {
     });
 }
 
+// Four words of each of four rows, lying `stride` bytes apart, turned: word by word, those of the four rows together.
+INLINE void turn_words(const uint8_t* from, long stride, uint32_t flip, uint8_t* to) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    const Four a = load<Four>(from), b = load<Four>(from + stride);
+    const Four c = load<Four>(from + 2 * stride), d = load<Four>(from + 3 * stride);
+    const Four low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+    const Four ab = __builtin_shuffle(a, b, low), cd = __builtin_shuffle(c, d, low);
+    const Four ab2 = __builtin_shuffle(a, b, high), cd2 = __builtin_shuffle(c, d, high);
+    store(to, __builtin_shuffle(ab, cd, first) ^ flip);
+    store(to + 4 * PANEL, __builtin_shuffle(ab, cd, second) ^ flip);
+    store(to + 8 * PANEL, __builtin_shuffle(ab2, cd2, first) ^ flip);
+    store(to + 12 * PANEL, __builtin_shuffle(ab2, cd2, second) ^ flip);
+}
+
+// The rows from `row` on are there, sixteen of them, and fill whole groups.
+void pack_whole_panel(const Codes& from, const Codes& codes, long row) {
+    uint8_t* to = codes.data + row * codes.bytes;
+    for (long at = 0; at < codes.bytes; at += 16)
+        for (long lane = 0; lane < PANEL; lane += 4)
+            turn_words(from.data + (row + lane) * from.bytes + at, from.bytes, codes.flip, to + at * PANEL + lane * 4);
+}
+
+void pack_row(const Codes& from, const Codes& codes, long row) {
+    const uint8_t* bytes = from.data + row * from.bytes;
+    for (long at = 0; at < codes.bytes; at += LANES) {
+        uint8_t some[LANES] = {};
+        memcpy(some, bytes + at, most(0, least(LANES, from.bytes - at)));
+        codes.put(row, at, some, LANES);
+    }
+}
+
 // Codes and scales in rows (`x.data`, `from_scales`) into panels.
 void pack(const Packing& op) {
     const Codes from = codes_of(op.x.data, op.format, false, op.x.width);
+    const long groups = groups_of(op.x.width);
     over_panels(op, [&](long row, const Codes& codes, long first, long step) {
-        const uint8_t* bytes = from.data + row * from.bytes;
-        for (long at = 0; at < codes.bytes; at += LANES) {
-            uint8_t some[LANES] = {};
-            memcpy(some, bytes + at, most(0, least(LANES, from.bytes - at)));
-            codes.put(row, at, some, LANES);
-        }
+        const long lane = row % PANEL;
+        if (row - lane + PANEL > op.x.count || from.bytes != codes.bytes)
+            pack_row(from, codes, row);
+        else if (lane == 0)
+            pack_whole_panel(from, codes, row);
         if (op.format == INT8) {
             static_cast<float*>(op.scales)[row] = static_cast<const float*>(op.from_scales)[row];
             return;
         }
-        const long groups = groups_of(op.x.width);
         const auto* scales = static_cast<const uint16_t*>(op.from_scales) + row * groups;
         for (long g = 0; g < groups; ++g) static_cast<uint16_t*>(op.scales)[first + g * step] = scales[g];
     });
