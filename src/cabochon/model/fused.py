@@ -7,7 +7,7 @@ caches, six times as slowly. The kernels, their order and the roundings between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..ops import cpu
 from ..ops.views import View
-from ..quant import QuantTensor
 from .decoder import Angles, Layer
 from .layers import Linear, RMSNorm
+from .links import links
 
 _NORMS = (
     "input_layernorm",
@@ -80,7 +80,7 @@ class FusedLayer:
 
     def __init__(self, layer: Layer, x: Tensor) -> None:
         self.spec, self.dtype, self.row_width = layer.spec, x.dtype, layer.self_attn.row_width
-        self.links = list(_links(layer))
+        self.links = list(links(layer))
         self.kernel = _kernel(layer, x)
 
     def current(self, x: Tensor) -> bool:
@@ -134,20 +134,6 @@ def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
     if known is None or not known.current(x):
         known = _fused[layer] = FusedLayer(layer, x)
     return known
-
-
-def _links(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int]]:
-    """(holder, key, value, address) of every module and weight below `module`. A tensor may get other numbers."""
-    for holder in (module._parameters, module._buffers, module.__dict__):
-        for key, value in holder.items():
-            if isinstance(value, Tensor):
-                yield holder, key, value, value.data_ptr()
-            elif isinstance(value, QuantTensor):
-                yield holder, key, value, 0
-    for key, child in module._modules.items():
-        if child is not None:
-            yield module._modules, key, child, 0
-            yield from _links(child)
 
 
 def _kernel(layer: Layer, x: Tensor) -> Any:

@@ -66,6 +66,28 @@ Link = tuple[dict[str, object], str, object, int]
 
 def layers(calls: list[Call], /) -> None: ...
 def unchanged(links: list[Link], /) -> bool: ...
+
+class Conformer:
+    def __init__(
+        self,
+        numbers: tuple[float, ...],
+        vectors: tuple[int, ...],
+        matrices: tuple[tuple[int, int, int, tuple[int, ...]], ...],
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        count: int,
+        distance: int,
+        reach: int,
+        scale: int,
+        bound: float,
+        y: int,
+        after: Conformer | None,
+        /,
+    ) -> None: ...
+
 def attend_all(
     q: int, k: int, v: int, out: int, dtype: int, batch: int, count: int, heads: int, head: int, /
 ) -> None: ...

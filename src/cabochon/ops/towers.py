@@ -7,6 +7,8 @@ register. In float32, and on a CPU with matrix tiles (AMX), torch multiplies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -189,6 +191,50 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
         y.data_ptr(),
     )
     return y
+
+
+class Conformer:
+    """A conformer's layer whose weights were looked up: `model.conformer.Layer.forward` in one call."""
+
+    def __init__(self, kernel: _cpu.Conformer) -> None:
+        self._kernel = kernel
+
+    def __call__(self, x: Tensor, distance: Tensor, scale: Tensor, bound: float, after: Conformer | None) -> Tensor:
+        """`x` [A, W], `distance` [R, W] and the queries' `scale` [H] in float32 -> [A, W]."""
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        following = None if after is None else after._kernel
+        reach = (distance.data_ptr(), len(distance))
+        self._kernel.run(x.data_ptr(), len(x), *reach, scale.data_ptr(), bound, y.data_ptr(), following)
+        return y
+
+
+def takes_conformer(x: Tensor, distance: Tensor) -> bool:
+    """Is there a kernel for a whole layer of a conformer?"""
+    if not _multiplies(x, distance) or len(distance) > _MOST_RECENT:
+        return False
+    return len(x) > 0 and x.shape[1] % 2 == 0  # a word holds two numbers
+
+
+def prepare_conformer(
+    numbers: tuple[int, float, float, float, float],
+    norms: Sequence[Tensor],
+    taps: Tensor,
+    matrices: Sequence[tuple[Weight, Clip | None]],
+) -> Conformer | None:
+    """Arguments as `PreparedConformer` in `csrc/module.cpp` has them, `taps` [W, count].
+
+    None where a weight is nothing for the kernel.
+    """
+    vectors, heads, *floats = [*norms, taps], *numbers
+    if not all(vector.dtype == torch.bfloat16 and vector.is_contiguous() for vector in vectors):
+        return None
+    found = []
+    for weight, clip in matrices:
+        if not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            return None
+        found.append((weight.data_ptr(), *weight.shape, _ends(clip)))
+    addresses = tuple(vector.data_ptr() for vector in vectors)
+    return Conformer(_cpu.Conformer((heads, taps.shape[1], *floats), addresses, tuple(found)))
 
 
 def subsample(mel: Tensor, first: Halving, second: Halving, eps: float) -> Tensor:

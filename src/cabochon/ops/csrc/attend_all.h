@@ -50,6 +50,17 @@ INLINE void put_rounded(Bf16* to, F16 w) {
 #endif
 }
 
+// The first n lanes, as far as there are so many.
+INLINE void put_rounded(Bf16* to, F16 w, long n) {
+#if CABOCHON_AVX512 && defined(__AVX512BF16__)
+    if (n < LANES) return _mm256_mask_storeu_epi16(to, (1u << n) - 1, (__m256i)_mm512_cvtneps_pbh((__m512)w.part[0]));
+    put_rounded(to, w);
+#else
+    put(to, w, n);
+#endif
+}
+INLINE void put_rounded(float* to, F16 w, long n) { put(to, w, n); }
+
 // Both rounded to bfloat16 and side by side in a lane, `a` below.
 INLINE U16 paired(F16 a, F16 b) {
 #if CABOCHON_AVX512 && defined(__AVX512BF16__)

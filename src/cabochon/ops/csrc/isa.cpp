@@ -1,5 +1,5 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
-#include "conformer.h"
+#include "conformer_layer.h"
 #include "head_at.h"
 #include "largest.h"
 #include "layer.h"
@@ -11,5 +11,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, per_layer, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, subsample, spin};
+const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, per_layer, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, subsample, conformer, spin};
 }  // namespace cabochon

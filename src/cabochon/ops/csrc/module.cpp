@@ -314,14 +314,24 @@ void give_back() {
 
 const void* at(Address a) { return reinterpret_cast<const void*>(a); }
 
-// The ranges in and out of a clipped matrix, as Python hands them over: dtypes and addresses of four numbers, or nothing.
-struct Clip {
-    Range in{-INFINITY, INFINITY}, out{-INFINITY, INFINITY};
+// Where the ranges of a clipped matrix lie, as Python hands them over: dtypes and addresses of four numbers, or nothing.
+struct Ends {
+    Dtype dtype[4];
+    const void* place[4];
+    size_t count;
 
-    explicit Clip(const nb::tuple& clip) {
-        float* const ends[] = {&in.low, &in.high, &out.low, &out.high};
-        for (size_t i = 0; i < clip.size() / 2; ++i)
-            *ends[i] = bfloat16(Dtype(nb::cast<int>(clip[2 * i])), at(nb::cast<Address>(clip[2 * i + 1])));
+    explicit Ends(const nb::tuple& clip) : count(clip.size() / 2) {
+        for (size_t i = 0; i < count; ++i) dtype[i] = Dtype(nb::cast<int>(clip[2 * i])), place[i] = at(nb::cast<Address>(clip[2 * i + 1]));
+    }
+};
+
+// The ranges in and out of a clipped matrix.
+struct Clip {
+    Range in, out;
+
+    explicit Clip(const Ends& ends) {
+        float* const numbers[] = {&in.low, &in.high, &out.low, &out.high};
+        for (size_t i = 0; i < ends.count; ++i) *numbers[i] = bfloat16(ends.dtype[i], ends.place[i]);
     }
 
     // A number of either type, rounded to nearest even as `torch.clamp` rounds it.
@@ -339,7 +349,7 @@ struct Clip {
 bool product(Address x, long count, long cols, long stride, Address first, Address second, long outputs, nb::tuple clip,
              nb::tuple second_clip, int how, Address onto, long onto_stride, Address y) {
     const auto weight = [&](Address w) { return Matrix{DENSE, BFLOAT16, at(w), nullptr, outputs, cols}; };
-    const Clip one(clip), other(second_clip);
+    const Clip one{Ends(clip)}, other{Ends(second_clip)};
     if (how >= GELU_TIMES && (one.in.low != other.in.low || one.in.high != other.in.high)) return false;
     const Product op{rows(x, BFLOAT16, count, cols, stride), {weight(first), weight(second)}, one.in, {one.out, other.out},
                      How(how), rows(y, BFLOAT16, count, outputs, outputs), at(onto), onto_stride};
@@ -349,7 +359,7 @@ bool product(Address x, long count, long cols, long stride, Address first, Addre
 
 void settle(Address x, int dtype, long count, long width, long stride, Address weight, Address onto, float eps, float bound,
             float share, Address y) {
-    const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y)};
+    const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y), width};
     call(active->settle, op, double(count) * width);
 }
 
@@ -362,13 +372,13 @@ void turn(Address x, Address weight, Address cos, Address sin, Address y, int dt
 void recent(Address q, Address k, Address v, Address relative, Address scale, Address out, int dtype, float key_scale, float cap,
             long tokens, long heads, long head, long reach) {
     const Recent op{at(q), at(k), at(v), at(relative), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
-                    Dtype(dtype), key_scale, cap, tokens, heads, head, reach};
+                    Dtype(dtype), key_scale, cap, tokens, heads, head, reach, heads * head};
     call(active->recent, op, double(tokens) * heads * head * reach);
 }
 
 void blend(Address x, int dtype, long count, long width, long stride, Address taps, Address weight, long tap_count, float eps,
            float bound, Address y) {
-    const Blend op{rows(x, dtype, count, width, stride), at(taps), at(weight), tap_count, eps, bound, reinterpret_cast<void*>(y)};
+    const Blend op{rows(x, dtype, count, width, stride), at(taps), at(weight), tap_count, eps, bound, reinterpret_cast<void*>(y), width};
     call(active->blend, op, double(count) * width * tap_count);
 }
 
@@ -378,6 +388,46 @@ void subsample(Address mel, long count, long width, long stride, Address taps, A
                        reinterpret_cast<void*>(y), eps, channels, outputs};
     call(active->subsample, op, 1e9);
 }
+
+// A conformer's layer whose weights were looked up once. Ranges are read at every run: they are few numbers.
+struct PreparedConformer {
+    ConformerWeights weights;
+    std::vector<Ends> ends;  // in the order of `matrices`
+
+    // `numbers`: heads, taps, eps, share, key_scale, cap. `vectors`: norms in the order of the network, and the taps.
+    // `matrices`: (address, rows, columns, ranges) of up, down, q, k, v, post, relative, start, end, up, down.
+    PreparedConformer(nb::tuple numbers, nb::tuple vectors, nb::tuple matrices) : weights{} {
+        ConformerWeights& w = weights;
+        w.heads = nb::cast<long>(numbers[0]), w.tap_count = nb::cast<long>(numbers[1]);
+        float* const floats[] = {&w.eps, &w.share, &w.key_scale, &w.cap};
+        for (int i = 0; i < 4; ++i) *floats[i] = nb::cast<float>(numbers[i + 2]);
+        const void** const norms[] = {&w.before_first, &w.after_first, &w.before_attention, &w.after_attention, &w.before_convolution,
+                                      &w.in_convolution, &w.before_second, &w.after_second, &w.last, &w.taps};
+        for (size_t i = 0; i < vectors.size(); ++i) *norms[i] = at(nb::cast<Address>(vectors[i]));
+        for (size_t i = 0; i < matrices.size(); ++i) {
+            const auto m = nb::cast<nb::tuple>(matrices[i]);
+            clipped(w, i).matrix = {DENSE, BFLOAT16, at(nb::cast<Address>(m[0])), nullptr, nb::cast<long>(m[1]), nb::cast<long>(m[2])};
+            ends.emplace_back(nb::cast<nb::tuple>(m[3]));
+        }
+    }
+
+    static Clipped& clipped(ConformerWeights& w, size_t i) {
+        Clipped* const all[] = {&w.up[0], &w.down[0], &w.q, &w.k, &w.v, &w.post, &w.relative, &w.start, &w.end, &w.up[1], &w.down[1]};
+        return *all[i];
+    }
+
+    void run(Address x, long count, Address distance, long reach, Address scale, float bound, Address y, const PreparedConformer* after) const {
+        ConformerWeights w = weights;
+        for (size_t i = 0; i < ends.size(); ++i) {
+            const Clip clip(ends[i]);
+            clipped(w, i).in = clip.in, clipped(w, i).out = clip.out;
+        }
+        const long width = w.q.matrix.cols;
+        const Conformer op{&w, rows(x, BFLOAT16, count, width, width), at(distance), reach, reinterpret_cast<const float*>(scale), bound,
+                           reinterpret_cast<void*>(y), after ? &after->weights.up[0].matrix : nullptr};
+        call(active->conformer, op, 1e9);
+    }
+};
 
 }  // namespace
 
@@ -406,6 +456,9 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple>());
     m.def("unchanged", unchanged);
     m.def("layers", layers, "Decoder layers, one after the other.");
+    nb::class_<PreparedConformer>(m, "Conformer", "A conformer's layer whose weights were looked up once.")
+        .def(nb::init<nb::tuple, nb::tuple, nb::tuple>())
+        .def("run", &PreparedConformer::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("attend_all", attend_all);
     m.def("product", product);
     m.def("settle", settle);

@@ -141,7 +141,7 @@ struct Largest {
 
 // What comes in or goes out is cut to a range; infinite where nothing is.
 struct Range {
-    float low, high;
+    float low = -__builtin_inff(), high = __builtin_inff();
 };
 
 // What a product gives: its outputs, their SiLU, or of two matrices gelu(first) * second, or first * sigmoid(second).
@@ -155,6 +155,7 @@ struct Product {
     Rows y;
     const void* onto;  // of `PLAIN` and `SILU`: [count, y.width] that is added, or null
     long onto_stride;
+    Range then = {};   // what y is cut to at the very end, for its reader
 };
 
 struct Settle {
@@ -162,6 +163,8 @@ struct Settle {
     const void *weight, *onto;  // [width], [count, width] or null
     float eps, bound, share;
     void* y;
+    long y_stride;
+    Range then = {};
 };
 
 struct Turn {
@@ -180,6 +183,8 @@ struct Recent {
     Dtype dtype;
     float key_scale, cap;
     long tokens, heads, head, reach;  // reach <= 16
+    long out_stride;                  // of tokens
+    Range then = {};
 };
 
 struct Blend {
@@ -188,6 +193,8 @@ struct Blend {
     long count;
     float eps, bound;
     void* y;
+    long y_stride;
+    Range then = {};
 };
 
 // The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`.
@@ -221,6 +228,33 @@ struct Subsample {
     long channels, outputs;  // both in sixteens
 };
 
+// A matrix, and what the rows that it is multiplied with and its outputs are cut to.
+struct Clipped {
+    Matrix matrix;
+    Range in, out;
+};
+
+// The weights of a conformer's layer, all in bfloat16.
+struct ConformerWeights {
+    const void *before_first, *after_first, *before_attention, *after_attention;  // norms, each [width]
+    const void *before_convolution, *in_convolution, *before_second, *after_second, *last;
+    const void* taps;  // [width, tap_count]
+    long tap_count, heads;
+    float eps, share, key_scale, cap;
+    Clipped up[2], down[2], q, k, v, post, relative, start, end;
+};
+
+struct Conformer {
+    const ConformerWeights* weights;
+    Rows x;
+    const void* distance;  // [reach, width]
+    long reach;            // at most 16
+    const float* scale;    // [width / heads], of queries
+    float bound;
+    void* y;               // [count, width]
+    const Matrix* after;   // what is multiplied with next, or null
+};
+
 struct Ops {
     const char* name;
     void (*linear)(const Linear&);
@@ -244,6 +278,7 @@ struct Ops {
     void (*recent)(const Recent&);
     void (*blend)(const Blend&);
     void (*subsample)(const Subsample&);
+    void (*conformer)(const Conformer&);
     double (*spin)(long rounds);  // multiplies bfloat16 pairs (or floats) that stay in registers; returns the operations
 };
 

@@ -46,6 +46,10 @@ struct Soon {
     const char *from[2] = {}, *until[2] = {};
 
     long lines() const { return (until[0] - from[0] + until[1] - from[1]) / 64; }
+    void add(int i, const Matrix& w, long first, long last) {
+        const auto* start = static_cast<const char*>(w.codes);
+        from[i] = start + least(w.rows, first) * w.cols * 2, until[i] = start + least(w.rows, last) * w.cols * 2;
+    }
     // Where to ask for the next `lines` lines, and how far it is from one to the next: no way, if none are left or it is early.
     struct Walk {
         const char* at;
@@ -67,8 +71,11 @@ struct Tower {
     long inner = (op.x.width + each - 1) / each;
     long columns = op.how == GELU_TIMES || op.how == GATED ? LANES : STRIP;  // outputs that a strip gives
     long strips = (op.y.width + columns - 1) / columns;
-    long stride = ((inner + LANES - 1) / LANES | 1) * LANES;  // of copied rows: an odd number of cache lines, which spreads them
+    long stride = apart(inner);
     bool cuts_in = op.in.low > -__builtin_inff() || op.in.high < __builtin_inff();
+
+    // Words from one row to the next where tiles read them: an odd number of cache lines, which spreads them.
+    static long apart(long inner) { return ((inner + LANES - 1) / LANES | 1) * LANES; }
 
     // Sixteen words of `left` numbers, zero beyond.
     U16 words(const Bf16* from, long left, bool cutting) const {
@@ -111,11 +118,13 @@ struct Tower {
         if (op.how == GELU_TIMES || op.how == GATED) {
             b = cut(b, op.out[1].low, op.out[1].high);
             a = op.how == GATED ? a * logistic<true>(b) : a * logistic<true>(gelu_slope(a)) * b;
+            a = cut(a, op.then.low, op.then.high);
             return left >= LANES ? put_rounded(to, a) : put(to, a, left);
         }
         b = cut(b, op.out[0].low, op.out[0].high);
         if (op.how == SILU) a = a * logistic<true>(a), b = b * logistic<true>(b);
         if (onto) a = a + get(onto, left), b = b + get(onto + LANES, most(0, left - LANES));
+        a = cut(a, op.then.low, op.then.high), b = cut(b, op.then.low, op.then.high);
         if (left >= STRIP) {
             put_rounded(to, a);
             put_rounded(to + LANES, b);
@@ -193,52 +202,51 @@ struct Tower {
     // Where the weights of strips first .. last lie.
     Soon weights(long first, long last) const {
         Soon soon;
-        for (int i = 0; i <= (columns == LANES); ++i) {
-            const Matrix& w = op.weight[i];
-            const auto* start = static_cast<const char*>(w.codes);
-            soon.from[i] = start + least(w.rows, first * columns) * w.cols * 2;
-            soon.until[i] = start + least(w.rows, last * columns) * w.cols * 2;
-        }
+        for (int i = 0; i <= (columns == LANES); ++i) soon.add(i, op.weight[i], first * columns, last * columns);
         return soon;
     }
 };
 
-// A product over some rows, which lie as tiles read them.
+// A product over some rows, which lie as tiles read them, with as many more behind them as fill up a tile.
 struct Part {
-    const Tower* tower;
+    Tower tower;
     const uint32_t* left;
     long row, count;
 };
 
-// The strips of several products, shared out together. Towards the end a thread fetches the first weights of `after`.
+// The strips of several products, shared out together. Towards the end a thread fetches the first weights of the matrix `after`.
 struct Job {
     const Part* parts;
     long count;
-    const Tower* after;
+    const Matrix* after;  // or null
     long strips = 0, whole = 0;  // the other strips are shared out by pieces of their rows
 
-    Job(const Part* parts, long count, const Tower* after) : parts(parts), count(count), after(after) {
-        for (long i = 0; i < count; ++i) strips += parts[i].tower->strips;
+    Job(const Part* parts, long count, const Matrix* after) : parts(parts), count(count), after(after) {
+        for (long i = 0; i < count; ++i) strips += parts[i].tower.strips;
         whole = threads() > 1 ? most(0, strips - threads()) : strips;
     }
 
     // The part that `strip` belongs to, counted from its own first one then.
     const Part& of(long& strip) const {
         const Part* part = parts;
-        for (; strip >= part->tower->strips; ++part) strip -= part->tower->strips;
+        for (; strip >= part->tower.strips; ++part) strip -= part->tower.strips;
         return *part;
     }
 
     Soon weights(long first, long some) const {
-        if (first >= strips) return after ? after->weights(first - strips, first - strips + some) : Soon{};
-        const Tower& tower = *of(first).tower;
+        if (first >= strips) {
+            Soon soon;
+            if (after) soon.add(0, *after, (first - strips) * STRIP, (first - strips + some) * STRIP);
+            return soon;
+        }
+        const Tower& tower = of(first).tower;
         return tower.weights(first, first + some);
     }
 
     // So many strips from `at` are an item, which stays in a thread's cache.
     long run(long at) const {
         long strip = at;
-        const Tower& tower = *of(strip).tower;
+        const Tower& tower = of(strip).tower;
         const long near = most(1, NEAR / (STRIP * tower.inner * 4)), share = most(1, (whole - at) / (2 * threads()));
         return least(least(near, share), least(whole - at, tower.strips - strip));
     }
@@ -246,14 +254,14 @@ struct Job {
     void whole_strips(long at, long some) const {
         const Soon soon = weights(at + threads() * some, some);
         const Part& part = of(at);
-        part.tower->item(part.left, part.row, part.count, at, at + some, soon);
+        part.tower.item(part.left, part.row, part.count, at, at + some, soon);
     }
 
     void piece(long strip, long number) const {
         const Part& part = of(strip);
         const long rows = ((part.count + UPRIGHT - 1) / UPRIGHT + PIECES - 1) / PIECES * UPRIGHT;
         const long begin = number * rows, some = least(rows, part.count - begin);
-        if (some > 0) part.tower->item(part.left + begin * part.tower->stride, part.row + begin, some, strip, strip + 1, {});
+        if (some > 0) part.tower.item(part.left + begin * part.tower.stride, part.row + begin, some, strip, strip + 1, {});
     }
 
     void run() const {
@@ -273,7 +281,7 @@ struct Job {
 void product(const Product& op) {
     const Tower tower{op};
     for (long row = 0; row < op.x.count; row += ROWS_COPIED) {
-        const Part part{&tower, tower.copied(row, LEFT), row, least(ROWS_COPIED, op.x.count - row)};
+        const Part part{tower, tower.copied(row, LEFT), row, least(ROWS_COPIED, op.x.count - row)};
         Job(&part, 1, nullptr).run();
     }
 }

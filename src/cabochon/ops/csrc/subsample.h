@@ -62,7 +62,7 @@ struct Front {
         auto* sums = static_cast<Bf16*>(scratch(ATTENTION, ROWS_OUT * width_out * op.outputs * sizeof(Bf16)));
         const Rows x{nullptr, BFLOAT16, places, 3 * reach, 0};
         const Matrix weight{DENSE, BFLOAT16, op.second_taps, nullptr, op.outputs, 3 * reach};
-        const Range all{-__builtin_inff(), __builtin_inff()};
+        const Range all;
         const Product op2{x, {weight, weight}, all, {all, all}, PLAIN, {sums, BFLOAT16, places, op.outputs, op.outputs}, nullptr, 0};
         const Tower tower{op2};
         auto* left = static_cast<uint32_t*>(scratch(LEFT, (ROWS_OUT * width_out + UPRIGHT) * tower.stride * 4));
