@@ -318,6 +318,28 @@ def test_attention_of_a_row_does_not_depend_on_the_cut_of_the_prompt(head, windo
         assert torch.equal(part, full[cut:]), f"cut after {cut}"
 
 
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_over_blocks_of_several_chunks(dtype, codes, random):
+    """The end of 2,900 tokens: the same bits alone or with rows before it, however threads share the blocks."""
+    where = {"key_offset": 0, "value_offset": 64, "window": None}
+    q, step, view = attention_case([301], [2599], 4, 1, 64, 128, None, dtype, random, 32)
+    if codes:
+        shape, stored = view.pages.shape, view.pages.flatten(0, 1)
+        view.pages = ScaledPages(torch.zeros(shape, dtype=torch.int8), torch.zeros(*shape[:3], 2), 64)
+        view.pages.write(stored, torch.arange(shape[0] * shape[1]))
+    pages = view.pages.read(torch.arange(len(view.pages.codes)), dtype) if codes else view.pages
+    expected = reference.attend(q.double(), step.double(), replace(view, pages=pages.double()), **where)
+    whole = cpu.attend(q, step, view, **where)
+    assert_close(whole, expected, dtype)
+    last = torch.tensor([300])
+    rows = Rows(last, torch.tensor([0, 1]).int(), view.rows.position[last], view.rows.see_until[last], 1)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.attend(q, step, view, **where), whole)
+        assert torch.equal(ops.attend(q[last], step, replace(view, rows=rows), **where), whole[last])
+
+
 def test_attend_over_two_way_spans_and_chosen_rows(random):
     q, step, view = attention_case([40, 30], [50, 0], 4, 2, 64, 128, 32, torch.float32, random)
     rows = view.rows

@@ -1,9 +1,9 @@
 // Attention over pages and the step's own rows, for decode and prefill alike.
 //
-// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against chunks of 128 keys. Chunks begin at
-// fixed absolute positions, each is summed up on its own and they are merged in order (online softmax): so a row's result does
-// not depend on the rows beside it, on how the prompt was cut into steps, nor on whether one thread walked all chunks or
-// several shared them.
+// A unit of work is up to 48 query rows (tokens x the query heads of one KV head) against blocks of keys, which are walked in
+// chunks of 128. Both begin at fixed absolute positions, each block is summed up on its own and they are merged in order (online
+// softmax): so a row's result does not depend on the rows beside it, on how the prompt was cut into steps, nor on whether one
+// thread walked all blocks or several shared them.
 //
 // Keys in pages of 8 bits are multiplied in integers where the CPU can, in blocks of 64 that lie whole in pages: codes as they
 // are, queries and weights rounded to 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
@@ -14,10 +14,11 @@
 namespace {
 
 constexpr long TILE = 48, CODED = 64;
-constexpr size_t SHARED_BYTES = 16 << 20;  // of chunks' results while threads share them out
+constexpr long SINGLE = 16, CHUNKS = 4;    // so many blocks are a chunk each, later ones so many chunks: by then there are enough
+constexpr size_t SHARED_BYTES = 32 << 20;  // of blocks' results while threads share them out
 constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are scored, or left out, together
 
-// What a chunk comes to, or several: the state of the online softmax of a unit's rows.
+// What a block comes to, or several: the state of the online softmax of a unit's rows.
 struct State {
     float *acc, *top, *weight;  // [rows, head], [rows], [rows]
 
@@ -25,9 +26,18 @@ struct State {
     static State in(float* memory, long rows, long head) {
         return {memory, memory + rows * head, memory + rows * (head + LANES)};
     }
-    void clear(long rows, long head) const {
-        memset(acc, 0, rows * head * sizeof(float));
+    // Nothing is seen yet; what `acc` holds is left to whoever writes there first.
+    void forget(long rows) const {
         for (long r = 0; r < rows; ++r) top[r] = -__builtin_inff(), weight[r] = 0;
+    }
+    // Row r, now that there is a larger score: all so far counts for less.
+    void lower(long r, float to, long head) const {
+        if (!(to > top[r])) return;
+        const float share = lane_zero(exponential(splat(top[r] - to)));
+        top[r] = to;
+        if (weight[r] == 0) return;
+        weight[r] *= share;
+        for (long i = 0; i < head; i += LANES) put(acc + r * head + i, get(acc + r * head + i) * share);
     }
     // Row r of this, then of `later`, as one.
     void merge(const State& later, long r, long head) const {
@@ -66,7 +76,7 @@ struct Attention {
     struct Buffers {
         uint32_t *queries, *weights, *coded_queries, *coded_weights;
         float *scores, *query_units, *weight_units;  // the latter: what an integer of a row's query or weights is worth
-        State chunk;
+        State block;
         Wide* copies;  // of keys, or of a column of values, that don't lie as they are read
         char* nothing;  // a row of zeros
     };
@@ -165,7 +175,7 @@ struct Attention {
             top = larger(larger(v, 0.0f - v), top), odd = odd + (v - v);
         }
         const float largest = maximum(top), inverse = largest > 0 ? limit / largest : 0;
-        auto *high = reinterpret_cast<int8_t*>(to + LANES), *low = high + lanes;
+        auto *high = reinterpret_cast<int8_t*>(to), *low = high + lanes + LANES * 4;
         I16 all = splat(0);
         for (long i = 0; i < lanes; i += LANES) {
             const I16 v = rounded(get(q + i) * inverse), lower = v << 24 >> 24;
@@ -173,6 +183,7 @@ struct Attention {
             put_bytes(low + i, lower);
             all = all + v;
         }
+        to += inner<QUADS_OF_BYTES>();
         store(to, splat(0));
         *to = -128u * uint32_t(sum(all));
         return largest / limit + sum(odd);
@@ -189,19 +200,19 @@ struct Attention {
             scales.key[j] = found.scale[j][key], scales.value[j] = found.scale[j][value];
     }
 
-    // Scores to weights of one chunk for one row.
+    // Scores to weights of one chunk for one row; what came before in the block then counts for less.
     void weigh(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b, long r) const {
         float* v = b.scores + r * KEYS;
         uint32_t* weights = b.weights + r * KEYS / PER_WORD<OWN>;
         auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 2);
         const long row = u.first + r / group, low = most(first_key(row) - from, found.first), high = least(last_key(row) - from, found.last - 1);
         if (high < low) {
-            s.top[r] = -__builtin_inff(), s.weight[r] = b.weight_units[r] = 0;
+            b.weight_units[r] = 0;
             memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, 2 * KEYS);
             return;
         }
         const long begin = found.begin / LANES * LANES;
-        F16 top = splat(-__builtin_inff()), total = zero(), heaviest = zero();
+        F16 best = splat(s.top[r]), total = zero(), heaviest = zero();
         for (long i = begin; i < found.end; i += LANES) {
             F16 score = get(v + i);
             if (i < found.coded) score = score * (b.query_units[r] * get(scales.key + i));
@@ -210,12 +221,13 @@ struct Attention {
                 const I16 at = load<I16>(counted) + int32_t(i);
                 score = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), score, splat(-__builtin_inff()));
             }
-            top = larger(score, top);
+            best = larger(score, best);
             put(v + i, score);
         }
-        s.top[r] = maximum(top);
+        const float top = maximum(best);
+        s.lower(r, top, lanes);
         for (long i = begin; i < found.end; i += LANES) {
-            F16 weight = exponential(get(v + i) - s.top[r]);
+            F16 weight = exponential(get(v + i) - top);
             if (i < found.coded) {
                 const F16 scaled = weight * get(scales.value + i);
                 heaviest = larger(scaled, heaviest);
@@ -229,7 +241,7 @@ struct Attention {
             }
             total = total + weight;
         }
-        s.weight[r] = sum(total);
+        s.weight[r] += sum(total);
         if (begin < found.coded) b.weight_units[r] = round_weights(v, begin, found.coded, maximum(heaviest), codes);
     }
 
@@ -255,7 +267,7 @@ struct Attention {
         b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
         b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 2);
         b.scores = floats(rows * KEYS), b.query_units = floats(rows), b.weight_units = floats(rows);
-        b.chunk = State::in(floats(State::floats(rows, lanes)), rows, lanes);
+        b.block = State::in(floats(State::floats(rows, lanes)), rows, lanes);
         b.copies = reinterpret_cast<Wide*>(take(wide * sizeof(Wide) / 4));
         b.nothing = reinterpret_cast<char*>(at);
         memset(b.nothing, 0, op.width * sizeof(T));
@@ -301,8 +313,8 @@ struct Attention {
         }
     }
 
-    // A chunk of keys into `s`, while the rows of the next one are asked for.
-    void walk_chunk(const Unit& u, long chunk, const Found& found, const Found& next, const State& s, const Buffers& b) const {
+    // A chunk of keys to or onto `s`, while the rows of the next one are asked for.
+    void walk_chunk(const Unit& u, long chunk, bool onto, const Found& found, const Found& next, const State& s, const Buffers& b) const {
         const long rows = u.count * group, begin = found.begin, coded = most(found.coded, begin), end = found.end;
         const long steps = most(rows * (end - begin) * lanes / 256, 1);  // of 16 products, where the CPU has the widest
         Scales scales = {};
@@ -311,25 +323,35 @@ struct Attention {
         if constexpr (BYTES) score_keys<QUADS_OF_BYTES>(rows, found, begin, coded, b, ahead);
         score_keys<OWN>(rows, found, coded, end, b, ahead);
         gather_scales(found, scales);
+        if (!onto) s.forget(rows);
         for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, r);
-        if (BYTES && begin < coded) mix_values<QUADS_OF_BYTES>(rows, found, begin, coded, false, s, b, ahead);
-        if (coded < end) mix_values<OWN>(rows, found, coded, end, begin < coded, s, b, ahead);
+        if (BYTES && begin < coded) mix_values<QUADS_OF_BYTES>(rows, found, begin, coded, onto, s, b, ahead);
+        if (coded < end) mix_values<OWN>(rows, found, coded, end, onto || begin < coded, s, b, ahead);
     }
 
-    // The chunks [first, last) of a unit, one after the other: state(chunk) says where to, done(chunk) is told.
+    // Blocks of keys by their number. Those of a window are a chunk each: there are few.
+    long block_of(long chunk) const { return op.window || chunk < SINGLE ? chunk : SINGLE + (chunk - SINGLE) / CHUNKS; }
+    long first_chunk(long block) const { return op.window || block < SINGLE ? block : SINGLE + (block - SINGLE) * CHUNKS; }
+    long first_block(const Unit& u) const { return block_of(u.low / KEYS); }
+    long last_block(const Unit& u) const { return block_of((u.high - 1) / KEYS); }
+
+    // The blocks [first, last) of a unit, one after the other: state(block) says where to, done(block) is told.
     template <class Where, class Done>
     void walk(const Unit& u, long first, long last, const Buffers& b, const Where& state, const Done& done) const {
         Found chunks[2];
-        const long until = least(u.high, last * KEYS);
-        find(u, first * KEYS, until, b, chunks[first & 1]);
+        const long begin = most(first_chunk(first), u.low / KEYS), until = least(u.high, first_chunk(last) * KEYS);
+        find(u, begin * KEYS, until, b, chunks[begin & 1]);
         Ahead ahead;
-        look_ahead(chunks[first & 1], 1, ahead);
+        look_ahead(chunks[begin & 1], 1, ahead);
         ahead();  // all at once: there is nothing to compute meanwhile
         gather_queries(u, b);
-        for (long chunk = first; chunk < last; ++chunk) {
+        bool onto = false;
+        for (long chunk = begin; chunk * KEYS < until; ++chunk) {
+            const long block = block_of(chunk);
             find(u, (chunk + 1) * KEYS, until, b, chunks[~chunk & 1]);
-            walk_chunk(u, chunk, chunks[chunk & 1], chunks[~chunk & 1], state(chunk), b);
-            done(chunk);
+            walk_chunk(u, chunk, onto, chunks[chunk & 1], chunks[~chunk & 1], state(block), b);
+            onto = block_of(chunk + 1) == block;
+            if (!onto || (chunk + 1) * KEYS >= until) done(block);
         }
     }
 
@@ -368,11 +390,11 @@ struct Attention {
         long rows = 0;
         first[0] = 0;
         for (long i = 0; i < n; ++i) {
-            first[i + 1] = first[i] + (units[i].high - 1) / KEYS - units[i].low / KEYS + 1;
+            first[i + 1] = first[i] + last_block(units[i]) - first_block(units[i]) + 1;
             rows = most(rows, units[i].count * group);
         }
         const size_t partial = first[n] * State::floats(rows, lanes) * sizeof(float);
-        partial < SHARED_BYTES ? walk_chunks(units, n, first, rows) : walk_units(units, n);
+        partial < SHARED_BYTES ? walk_blocks(units, n, first, rows) : walk_units(units, n);
     }
 
     // Much to do: a unit is one thread's from end to end.
@@ -382,17 +404,17 @@ struct Attention {
             const long rows = u.count * group;
             const Buffers b = buffers();
             const State all = State::in(static_cast<float*>(scratch(RESULT, 4 * State::floats(rows, lanes))), rows, lanes);
-            all.clear(rows, lanes);
-            const auto merge = [&](long) {
-                for (long r = 0; r < rows; ++r) all.merge(b.chunk, r, lanes);
+            const long first = first_block(u);
+            const auto merge = [&](long block) {
+                for (long r = 0; r < rows && block > first; ++r) all.merge(b.block, r, lanes);
             };
-            walk(u, u.low / KEYS, (u.high - 1) / KEYS + 1, b, [&](long) { return b.chunk; }, merge);
+            walk(u, first, last_block(u) + 1, b, [&](long block) { return block > first ? b.block : all; }, merge);
             for (long r = 0; r < rows; ++r) finish(u, r, all);
         });
     }
 
-    // Little to do (decode): threads share the chunks, then the rows, of which a unit has at most `rows`.
-    void walk_chunks(const Unit* units, long n, const long* first, long rows) const {
+    // Little to do (decode): threads share the blocks, then the rows, of which a unit has at most `rows`.
+    void walk_blocks(const Unit* units, long n, const long* first, long rows) const {
         const size_t size = State::floats(rows, lanes);
         auto* partial = static_cast<float*>(scratch(HIDDEN, first[n] * size * 4));
         parallel_runs(first[n], [&](long item, long end) {
@@ -401,8 +423,8 @@ struct Attention {
             while (item >= first[i + 1]) ++i;
             for (; item < end; ++i) {
                 const Unit& u = units[i];
-                const long zero = u.low / KEYS - first[i], last = least(end, first[i + 1]);  // item 0 would be this chunk
-                const auto state = [&](long chunk) { return State::in(partial + (chunk - zero) * size, u.count * group, lanes); };
+                const long zero = first_block(u) - first[i], last = least(end, first[i + 1]);  // item 0 would be this block
+                const auto state = [&](long block) { return State::in(partial + (block - zero) * size, u.count * group, lanes); };
                 walk(u, item + zero, last + zero, b, state, [](long) {});
                 item = last;
             }

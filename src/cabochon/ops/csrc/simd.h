@@ -235,6 +235,29 @@ template <class E>
 INLINE Lanes<E> larger(Lanes<E> a, Lanes<E> b) {
     return select(a > b, a, b);
 }
+// The second one where either is no number.
+INLINE F16 larger(F16 a, F16 b) {
+#if CABOCHON_AVX512
+    a.part[0] = (F16::Part)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0]);
+    return a;
+#elif CABOCHON_AVX2
+    EACH(i) a.part[i] = (F16::Part)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
+    return a;
+#else
+    return select(a > b, a, b);
+#endif
+}
+INLINE F16 smaller(F16 a, F16 b) {
+#if CABOCHON_AVX512
+    a.part[0] = (F16::Part)_mm512_min_ps((__m512)a.part[0], (__m512)b.part[0]);
+    return a;
+#elif CABOCHON_AVX2
+    EACH(i) a.part[i] = (F16::Part)_mm256_min_ps((__m256)a.part[i], (__m256)b.part[i]);
+    return a;
+#else
+    return select(b > a, a, b);
+#endif
+}
 
 INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 
@@ -305,8 +328,7 @@ INLINE F16 get_half(const void* from) {
 // e^x to about 1 unit in the last place; 0 below -87 (so that a masked score weighs nothing).
 INLINE F16 exponential(F16 x) {
     const I16 tiny = splat(-87.0f) > x;
-    x = select(tiny, splat(-87.0f), x);
-    x = select(x > splat(88.0f), splat(88.0f), x);
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));
     const I16 n = rounded(x * 1.44269504f);
     const F16 t = to_float(n);
     F16 r = fma(t, splat(-0.693145752f), x);
