@@ -183,7 +183,17 @@ INLINE F16 to_float(I16 v) {
 // Bytes and halves of words, sixteen at a time, to and from memory.
 typedef int8_t ByteRun __attribute__((vector_size(REGISTER / 4)));
 typedef uint16_t ShortRun __attribute__((vector_size(REGISTER / 2)));
-INLINE void put_bytes(int8_t* to, I16 v) { EACH(i) store(to + i * WIDTH, __builtin_convertvector(v.part[i], ByteRun)); }
+INLINE void put_bytes(int8_t* to, I16 v) {
+#if CABOCHON_AVX2
+    // The lowest byte of each lane (GCC would take them out one by one): four of either half in each half of a register.
+    const __m256i low = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+    const __m256i high = _mm256_setr_epi32(-1, 0x0c080400, -1, -1, -1, 0x0c080400, -1, -1);
+    const __m256i both = _mm256_or_si256(_mm256_shuffle_epi8((__m256i)v.part[0], low), _mm256_shuffle_epi8((__m256i)v.part[1], high));
+    store(to, _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+#else
+    EACH(i) store(to + i * WIDTH, __builtin_convertvector(v.part[i], ByteRun));
+#endif
+}
 INLINE I16 get_bytes(const int8_t* from) {
     I16 r;
 #if CABOCHON_AVX2
@@ -193,12 +203,21 @@ INLINE I16 get_bytes(const int8_t* from) {
 #endif
     return r;
 }
-INLINE void put_shorts(void* to, U16 v) {
+INLINE void put_shorts(void* to, U16 v) {  // numbers of 16 bits
+#if CABOCHON_AVX2
+    const __m256i mixed = _mm256_packus_epi32((__m256i)v.part[0], (__m256i)v.part[1]);
+    store(to, _mm256_permute4x64_epi64(mixed, 0xd8));
+#else
     EACH(i) store(static_cast<uint16_t*>(to) + i * WIDTH, __builtin_convertvector(v.part[i], ShortRun));
+#endif
 }
 INLINE U16 get_shorts(const void* from) {
     U16 r;
+#if CABOCHON_AVX2
+    EACH(i) r.part[i] = (U16::Part)_mm256_cvtepu16_epi32(load<__m128i>(static_cast<const uint16_t*>(from) + i * WIDTH));
+#else
     EACH(i) r.part[i] = __builtin_convertvector(load<ShortRun>(static_cast<const uint16_t*>(from) + i * WIDTH), U16::Part);
+#endif
     return r;
 }
 
@@ -233,7 +252,8 @@ INLINE E maximum(Lanes<E> v) {
 }
 template <class E>
 INLINE Lanes<E> larger(Lanes<E> a, Lanes<E> b) {
-    return select(a > b, a, b);
+    EACH(i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+    return a;
 }
 // The second one where either is no number.
 INLINE F16 larger(F16 a, F16 b) {
