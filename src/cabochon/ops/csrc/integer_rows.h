@@ -12,7 +12,7 @@ namespace {
 
 #if CABOCHON_AVX2
 
-constexpr int ROWS = 6, HALVES = 2;  // of a tile: twelve registers of sums
+constexpr int ROWS = 4, HALVES = 2;  // of a tile: eight registers of sums, two of codes, and some to spare
 
 // A group's numbers, four in a word as bytes or two as shorts; words of a row lie across a register, so do a panel half's.
 template <Format F>
