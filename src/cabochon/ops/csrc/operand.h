@@ -31,7 +31,7 @@ struct Operand {
 
     static Operand dense(const void* data, long stride) { return {data, stride, nullptr, nullptr, nullptr, 0}; }
 
-    void set(long row, long group, F16 a, F16 b) const {
+    inline __attribute__((always_inline)) void set(long row, long group, F16 a, F16 b) const {
         // As integers, magnitudes order like floats and what is not a number is the largest: it reaches the scale.
         const I16 abs_a = as<I16>(a) & 0x7fffffff, abs_b = as<I16>(b) & 0x7fffffff;
         const int32_t top = maximum(larger(abs_a, abs_b));
