@@ -3,7 +3,8 @@
 //
 // Whoever computes what a product reads writes it as tiles read it, cut to the product's range, so no rows are copied.
 // A row is settled after one module and before the next while it is near. Queries, keys and values are one job, and at a
-// job's end threads fetch the first weights of the next.
+// job's end threads fetch the first weights of the next. Products read from three places in turn: both threads have what the
+// last one read in their caches, and would wait for each other where it is overwritten.
 #pragma once
 
 #include "conformer.h"
@@ -53,38 +54,39 @@ struct ConformerLayer {
         }
     }
 
-    // From `left[0]` to `sums`.
-    void feed_forward(int i, const Matrix* after) const {
-        multiply(&w.down[i].matrix, multiplied(left[0], w.up[i], SILU, laid_out(hidden, inner), nullptr, w.down[i].in));
+    // To `sums`.
+    void feed_forward(int i, const Bf16* from, const Matrix* after) const {
+        multiply(&w.down[i].matrix, multiplied(from, w.up[i], SILU, laid_out(hidden, inner), nullptr, w.down[i].in));
         multiply(after, multiplied(hidden, w.down[i], PLAIN, rows(sums, width)));
     }
 
     void attention(Bf16* far) const {
         const Clipped* heads[] = {&w.q, &w.k, &w.v};
+        Bf16* const places[] = {left[1], left[2], left[0]};
         const Bf16* from[3];
         for (int i = 0; i < 3; ++i) {
             int same = 0;
             while (heads[same]->in.low != heads[i]->in.low || heads[same]->in.high != heads[i]->in.high) ++same;
-            from[i] = left[same];
-            if (same == i) settle_all(settled_for(*heads[i], x, w.before_attention, left[i], op.bound));
+            from[i] = places[same];
+            if (same == i) settle_all(settled_for(*heads[i], x, w.before_attention, places[i], op.bound));
         }
         Bf16 *q = hidden, *k = q + count * width, *v = k + count * width, *relative = far + (op.reach + UPRIGHT) * apart(width);
         for (long i = 0; i < op.reach; ++i) memcpy(far + i * apart(width), static_cast<const Bf16*>(op.distance) + i * width, width * sizeof *far);
-        Product places = multiplied(far, w.relative, PLAIN, rows(relative, width));
-        places.x.count = places.y.count = op.reach;
-        multiply(&w.post.matrix, places, multiplied(from[0], w.q, PLAIN, rows(q, width)), multiplied(from[1], w.k, PLAIN, rows(k, width)),
+        Product distances = multiplied(far, w.relative, PLAIN, rows(relative, width));
+        distances.x.count = distances.y.count = op.reach;
+        multiply(&w.post.matrix, distances, multiplied(from[0], w.q, PLAIN, rows(q, width)), multiplied(from[1], w.k, PLAIN, rows(k, width)),
                  multiplied(from[2], w.v, PLAIN, rows(v, width)));
-        recent({q, k, v, relative, op.scale, left[0], BFLOAT16, w.key_scale, w.cap, count, w.heads, width / w.heads, op.reach, apart(width), w.post.in});
-        multiply(&w.start.matrix, multiplied(left[0], w.post, PLAIN, rows(sums, width)));
+        recent({q, k, v, relative, op.scale, left[2], BFLOAT16, w.key_scale, w.cap, count, w.heads, width / w.heads, op.reach, apart(width), w.post.in});
+        multiply(&w.start.matrix, multiplied(left[2], w.post, PLAIN, rows(sums, width)));
     }
 
-    // From `left[0]`, added to `x`.
+    // Added to `x`.
     void convolution(Bf16* taps) const {
         for (long i = 0; i < width; ++i)
             for (long tap = 0; tap < w.tap_count; ++tap) taps[tap * width + i] = static_cast<const Bf16*>(w.taps)[i * w.tap_count + tap];
         multiply(&w.end.matrix, multiplied(left[0], w.start, GATED, rows(hidden, width)));
-        blend({rows(hidden, width), taps, w.in_convolution, w.tap_count, w.eps, op.bound, left[0], apart(width), w.end.in});
-        multiply(&w.up[1].matrix, multiplied(left[0], w.end, PLAIN, rows(x, width), x));
+        blend({rows(hidden, width), taps, w.in_convolution, w.tap_count, w.eps, op.bound, left[1], apart(width), w.end.in});
+        multiply(&w.up[1].matrix, multiplied(left[1], w.end, PLAIN, rows(x, width), x));
     }
 
     void run() {
@@ -98,13 +100,13 @@ struct ConformerLayer {
         auto* y = static_cast<Bf16*>(op.y);
 
         settle_all(settled_for(w.up[0], op.x.data, w.before_first, left[0], op.bound));
-        feed_forward(0, &w.q.matrix);
+        feed_forward(0, left[0], &w.q.matrix);
         settle_all(settled(sums, w.after_first, x, static_cast<const Bf16*>(op.x.data), w.share));
         attention(next);
         settle_all(settled(sums, w.after_attention, x, x), settled_for(w.start, x, w.before_convolution, left[0], __builtin_inff()));
         convolution(next + few);
-        settle_all(settled_for(w.up[1], x, w.before_second, left[0], op.bound));
-        feed_forward(1, op.after);
+        settle_all(settled_for(w.up[1], x, w.before_second, left[2], op.bound));
+        feed_forward(1, left[2], op.after);
         settle_all(settled(sums, w.after_second, x, x, w.share), settled(x, w.last, y));
     }
 };
