@@ -75,21 +75,24 @@ INLINE U16 paired(F16 a, F16 b) {
 #endif
 }
 
+#if CABOCHON_AVX512
+// 2^v, to 8e-5 of its value: 2^n 2^r for the whole number n below v, and 2^r by a cubic.
+INLINE F16 power(F16 v) {
+    F16 r, p;
+    r.part[0] = (F16::Part)_mm512_reduce_ps((__m512)v.part[0], 1);
+    p = fma(splat(0.078024524f), r, splat(0.226067150f));
+    p = fma(p, r, splat(0.695833551f));
+    p = fma(p, r, splat(0.999925209f));
+    p.part[0] = (F16::Part)_mm512_scalef_ps((__m512)p.part[0], (__m512)v.part[0]);
+    return p;
+}
+#endif
+
 // e^(v - top), to 2e-7 of its value, or 8e-5 where the result is rounded to bfloat16.
 template <bool Rounded>
 INLINE F16 decay(F16 v, F16 top) {
 #if CABOCHON_AVX512
-    if constexpr (Rounded) {  // as 2^n 2^r, with 2^r by a cubic whose error is spread over +-1/2
-        const F16 t = fma(v, splat(1.44269504f), top * -1.44269504f);
-        F16 n, p;
-        n.part[0] = (F16::Part)_mm512_roundscale_ps((__m512)t.part[0], 0);
-        const F16 r = t - n;
-        p = fma(splat(0.05517167f), r, splat(0.24261112f));
-        p = fma(p, r, splat(0.69326099f));
-        p = fma(p, r, splat(0.99992807f));
-        p.part[0] = (F16::Part)_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0]);
-        return p;
-    }
+    if constexpr (Rounded) return power(fma(v, splat(1.44269504f), top * -1.44269504f));
 #endif
     return exponential(v - top);
 }

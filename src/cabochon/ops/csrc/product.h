@@ -34,7 +34,7 @@ INLINE F16 logistic(F16 v) {
 #if CABOCHON_AVX512
     if constexpr (Rounded) {
         F16 r;
-        r.part[0] = (F16::Part)_mm512_rcp14_ps((__m512)(1.0f + decay<true>(zero(), v)).part[0]);
+        r.part[0] = (F16::Part)_mm512_rcp14_ps((__m512)(1.0f + power(v * -1.44269504f)).part[0]);
         return r;
     }
 #endif
