@@ -52,7 +52,7 @@ def scalars(*values):
 
 CLIPS = {"none": None, "narrow": scalars(-0.75, 0.5, -1.5, 1.0)}
 SIZES = [(1, 8, 5), (13, 70, 33), (25, 1290, 64), (100, 33, 17), (1601, 16, 40)]
-"""Rows, inputs, outputs: around tiles of 12, strips of 16 and 32, the depth of 640 words, the 1,536 packed together."""
+"""Rows, inputs, outputs: around tiles of 12, strips of 16 and 32, the 1,536 rows that are copied together."""
 
 
 @pytest.mark.usefixtures("our_product")
