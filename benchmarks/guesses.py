@@ -16,6 +16,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ SHARES = (0.5, 0.7, 0.8, 0.9, 1.0)
 
 class Oracle:
     """Guesses of `drafter`'s cost, each true with probability `share`."""
+
+    doubt: ClassVar[str] = "was no reply taken down?"
 
     def __init__(self, drafter: Guesser, reply: Sequence[int], share: float) -> None:
         self.drafter, self.reply, self.share, self.draw = drafter, reply, share, random.Random(0)

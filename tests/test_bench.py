@@ -6,8 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cabochon.cli import app
+from cabochon.cli import app, bench_cpu
 from cabochon.cli.bench import _percentile
+from cabochon.cli.bench import _print as bench_shown
 from cabochon.engine.runner import Runner
 from cabochon.errors import EngineError
 
@@ -72,3 +73,15 @@ def test_the_cpu_beside_its_prediction(clock):
         assert row["reached"] == pytest.approx(row["tokens_per_second"] / row["predicted"])
         assert 0 < row["reached"] < 2
     assert result["cpu_time"] is bool(clock)
+
+
+def test_a_narrow_terminal_cuts_no_figure(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    peers = {"llama.cpp": 123456.7, "times_llama.cpp": 10.01, "transformers": 98765.4, "times_transformers": 12.51}
+    row = {"format": "bfloat16", "what": "decode 100 at 131071", "tokens_per_second": 1234567.8, "predicted": 7654321.9}
+    bench_cpu._show("CPU", [row | {"reached": 0.4567} | peers])
+    bench_shown({"some_figure_with_a_long_name": 0.123456, "model": "random:E2B?media=no&layers=5" * 3})
+    shown = capsys.readouterr()
+    for figure in ("decode 100 at 131071", "1234567.8", "7654321.9", "46%", "123456.7 (10.01x)", "98765.4 (12.51x)"):
+        assert figure in shown.out
+    assert "0.1235" in shown.err and "random:E2B?media=no&layers=5" * 3 in shown.err

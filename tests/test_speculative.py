@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,16 @@ def test_a_drafter_that_is_never_right_is_told_of(eager, caplog):
             engine.step()
     assert engine.stats.drafted > DOUBT and engine.stats.accepted == 0
     assert len([record for record in caplog.records if "is the drafter this model's" in record.message]) == 1
+
+
+def test_nothing_that_repeats_is_told_of_in_the_words_of_lookup(caplog):
+    track = SimpleNamespace(hits=0.0, tries=1.0, matched=0)
+    speculator = Speculator(Lookup(), 4, Stats(), clock=lambda: 0.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(DOUBT):
+            speculator.learn(track, 2)
+    (told,) = caplog.records
+    assert "leave ngram out" in told.message and "drafter" not in told.message
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

@@ -293,11 +293,12 @@ def _transformers(model: str | None, llm: LLM) -> Transformers:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import console
 
     table = Table(show_header=False)
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(stderr=True).print(table)
+    console(stderr=True).print(table)
     print(json.dumps(result))

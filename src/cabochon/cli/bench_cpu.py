@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
@@ -29,6 +28,7 @@ from ..kv.layout import CacheDtype
 from ..sizing import Workload, hardware
 from ..sizing.hardware import Hardware, Measured
 from ..sizing.speed import prefill_seconds, step_seconds
+from .tables import console
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -204,7 +204,7 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
         rates = (f"{row[key]:.1f}" for key in ("tokens_per_second", "predicted"))
         ratios = (f"{row[name]:.1f} ({row['times_' + name]:.2f}x)" if name in row else "" for name in names)
         table.add_row(row["format"], row["what"], *rates, f"{row['reached']:.0%}", *ratios)
-    Console().print(table)
+    console().print(table)
 
 
 def _numbers(text: str) -> list[int]:

@@ -14,10 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
+from .tables import console
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,8 @@ def gpu(
 
     timer = on_the_gpu(repeats)
     limit = copy_bandwidth(timer)
-    name, console, found = torch.cuda.get_device_name(), Console(), []
-    console.print(f"{name}, torch {torch.__version__}, memory {limit / 1e12:.2f} TB/s")
+    name, out, found = torch.cuda.get_device_name(), console(), []
+    out.print(f"{name}, torch {torch.__version__}, memory {limit / 1e12:.2f} TB/s")
     table = Table("model", "format", "what", "tokens/s", "GB read", "of the floor")
     for model in models.split(","):
         config, _ = open_random(model)
@@ -72,10 +72,10 @@ def gpu(
             sizes = (_numbers(prefill), _numbers(batches), _numbers(contexts))
             for step in steps(config, format, *sizes, timer, torch.device("cuda")):
                 row = _cells(model, format, step, limit)
-                console.print("  ".join(row))
+                out.print("  ".join(row))
                 table.add_row(*row)
                 found.append({"model": model, "format": format, "floor": step.floor(limit)} | asdict(step))
-    console.print(table)
+    out.print(table)
     print(json.dumps({"device": name, "torch": torch.__version__, "bandwidth": limit, "steps": found}))
 
 

@@ -149,7 +149,12 @@ def _predict(model: str | Path, ids: list[list[int]]) -> Tensor:
     from ..llm.loading import load
     from ..model.batch import whole_sequences
 
-    network = load(model, "cpu", "float32").model
+    err = Console(stderr=True)
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(f"comparing {model}", total=None)
+        network = load(
+            model, "cpu", "float32", lambda done, total: progress.update(bar, completed=done, total=total)
+        ).model
     with torch.inference_mode():
         logits: Tensor = network(whole_sequences([torch.tensor(prompt) for prompt in ids]))
     return logits.log_softmax(-1)

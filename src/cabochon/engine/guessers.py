@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from .track import Track
 class Guesser(Protocol):
     """Guesses for replies that go on, all of whose tokens but the newest are computed."""
 
+    doubt: ClassVar[str]
+    """What to ask the user when no guess ever comes true."""
+
     def __call__(self, tracks: Sequence[Track], hidden: Tensor, count: int) -> list[list[int]]:
         """At most `count` tokens per reply; `hidden` [Q, D] are the target's states of their last computed tokens."""
         ...
@@ -31,6 +34,8 @@ class Guesser(Protocol):
 
 class Drafting:
     """The drafter, which reads the pages of its target."""
+
+    doubt: ClassVar[str] = "is the drafter this model's?"
 
     def __init__(self, drafter: Drafter, target: Text, cache: KVCache) -> None:
         self.drafter, self.target, self.cache = drafter, target, cache
@@ -59,6 +64,7 @@ class Lookup:
     Costs no weights and no arithmetic, and helps where replies quote: edited code, extracted data, summaries.
     """
 
+    doubt: ClassVar[str] = "do the replies repeat anything that was said? Where they don't, leave ngram out."
     longest: int = 5
     """Tokens at the end that are looked for; where they are not found, fewer."""
     shortest: int = 3

@@ -72,7 +72,7 @@ class Speculator:
         stats = self.stats
         stats.accepted += track.matched
         if stats.accepted == 0 and stats.drafted < DOUBT <= stats.drafted + offered:
-            log.warning("none of the first %d guesses came true: is the drafter this model's?", DOUBT)
+            log.warning("none of the first %d guesses came true: %s", DOUBT, self.guesser.doubt)
         stats.drafted += offered
 
     def count(self, tracks: list[Track]) -> int:
