@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_table.py [--keep FILE] [--only TEXT] [--llama-bench PATH] [--llama-bench-avx2 PATH]
 
-Wants idle cores and 20 GB of memory; takes a quarter of an hour. What has been measured is kept in FILE and is not
-measured again, so a broken run goes on where it stopped. `--only` takes the groups whose command has TEXT in it. Groups
-beside llama.cpp (built as it is, and without AVX-512 and AMX) run only where its llama-bench is given: on five layers
-of E2B, since both models are in memory.
+Wants idle cores and 20 GB of memory; takes a quarter of an hour. Rows are told on stderr as they come. What has been
+measured is kept in FILE and is not measured again, so a broken run goes on where it stopped. `--only` takes the groups
+whose command has TEXT in it. Groups beside llama.cpp (built as it is, and without AVX-512 and AMX) run only where its
+llama-bench is given: on five layers of E2B, since both models are in memory.
 
 A target is a share of the floor (bytes and products at the rates of this machine, measured beside every step) or a
 ratio to the peer; tokens per second say nothing about another machine.
@@ -121,6 +121,7 @@ def main() -> None:
         if asked.only not in group.arguments:
             continue
         for row in rows(group, measure(group, kept)):
+            print("  ".join(row), file=sys.stderr, flush=True)
             table.add_row(*row)
         if asked.keep is not None:
             asked.keep.write_text(json.dumps(kept))

@@ -17,9 +17,8 @@ from ..model.batch import Batch
 from ..model.gemma4 import Gemma4
 from ..ops import Pages, Past, Rows, ScaledPages
 from ..ops.cpu import prefer_huge_pages
-from ..ops.packing import pack
 from ..quant import QuantTensor
-from ..weights.load import host, place
+from ..weights.load import host, place, quantizer
 from ..weights.params import Param, parameters
 from ..weights.random import calm_tensor
 
@@ -30,10 +29,10 @@ def random_codes(config: ModelConfig, format: str) -> Gemma4:
     """The network of `config` with matrices of random codes in `format`; everything else is calm and bfloat16."""
     with torch.device("meta"):
         network = Gemma4(config)
-    there = set(network.state_dict())
+    there, as_loaded = set(network.state_dict()), quantizer(None, panels=device().type == "cpu")
     for param in parameters(config):
         if param.name in there:
-            weight = random_weight(param, format)
+            weight = as_loaded(param, random_weight(param, format))
             kept = param.part == "per_layer_embedding"
             place(network, param.name, host(weight, device()) if kept else weight)
     return network.eval()
@@ -45,7 +44,7 @@ def device() -> torch.device:
 
 
 def random_weight(param: Param, format: str) -> Tensor | QuantTensor:
-    """A matrix of random codes in `format`, as it is streamed; another tensor calm and in bfloat16."""
+    """A matrix of random codes in `format`, in rows; another tensor calm and in bfloat16."""
     if not param.quantize:
         return calm_tensor(param.name, param.shape, dtype=torch.bfloat16).to(device())
     *rows, width = param.shape
@@ -57,8 +56,7 @@ def random_weight(param: Param, format: str) -> Tensor | QuantTensor:
     else:
         groups = FORMATS[format].groups(width)
         codes, scales = _bytes(*rows, groups, 16), torch.full((*rows, groups), width**-0.5 / 4.6, dtype=torch.float16)
-    weight = QuantTensor(codes, scales, format, param.shape)
-    return pack(weight) if device().type == "cpu" and param.part != "per_layer_embedding" else weight
+    return QuantTensor(codes, scales, format, param.shape)
 
 
 def _bytes(*shape: int) -> Tensor:
