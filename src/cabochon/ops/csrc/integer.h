@@ -27,18 +27,18 @@ constexpr long group_bytes() {
     return F == INT8 ? PANEL * GROUP : PANEL * GROUP / 2;
 }
 
-// Few rows ask memory for the weight this many bytes before they come to it. What was timed: the second-level cache is
-// the better place, since the first can wait for few lines at once and then holds computing up; but a row of nibbles, or
-// three of bytes, lose more by fetching from it. A single row of bytes computes next to nothing: the CPU runs ahead by
-// itself, and a far request would be in its way.
-constexpr long AHEAD = 6144, SOON = 2048;
+// How few rows ask memory for a weight: so many bytes before they come to them, into cache `level` (3: the first, 2: the
+// second, 0: the first for a moment). What was timed: the second is the better place, since the first can wait for few
+// lines at once and then holds computing up; but a row of nibbles, or three of bytes, lose more by fetching from it. A
+// row of nibbles also wants its own numbers to stay in the first. A single row of bytes computes next to nothing: the
+// CPU runs ahead by itself, and a far request would be in its way.
+constexpr long SOON = 2048;
 
 template <Format F, int R>
 INLINE void ask_for(const uint8_t* group) {
-    constexpr bool simple = F == INT8 && R == 1;
-    constexpr int level = !simple && R <= (F == INT8 ? 3 : 1) ? 3 : 2;
-    const uint8_t* from = group + (simple ? SOON : AHEAD);
-    for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(from + line, 0, level);
+    constexpr long ahead = R > 1 ? 6144 : F == INT8 ? SOON : 4096;
+    constexpr int level = R > 1 ? (F == INT8 && R <= 3 ? 3 : 2) : F == INT8 ? 2 : 0;
+    for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(group + ahead + line, 0, level);
 }
 
 INLINE int32_t four(const int8_t* from) {

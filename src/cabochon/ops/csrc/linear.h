@@ -141,8 +141,9 @@ void gated(const Gated& op) {
     const Operand x = operand(op.x, op.gate.format, LEFT);
     const Hidden hidden(op.down.format, op.x.dtype, op.x.count, op.gate.rows);
     const long broad = breadth(op.x.count);
-    parallel(blocks(op.gate.rows, broad), [&](long item) {
-        hidden_block(x, 0, op.x.count, op.gate, op.up, item * broad, item * broad, broad, hidden);
+    parallel_runs(blocks(op.gate.rows, broad), [&](long first, long last) {  // few turns from one matrix to the other
+        for (long at = first * broad; at < last * broad; at += BLOCK)
+            hidden_block(x, 0, op.x.count, op.gate, op.up, at, at, least(BLOCK, last * broad - at), hidden);
     });
     const Target target{op.down, op.y};
     multiply_to(hidden.operand, op.x.count, &target, 1);
