@@ -229,6 +229,17 @@ def test_embed_gives_the_bits_of_its_definition(shape, format, layout, dtype, ra
         ops.embed(ids + shape[0], table, 1.0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "count"), [((1, 1), 3), ((50, 70), 18), ((9, 8960), 8), ((70, 1536), 300)])
+def test_embed_of_a_dense_table_gives_the_bits_of_its_definition(shape, count, dtype, random):
+    table = torch.randn(shape, generator=random).to(dtype)
+    ids = torch.randint(shape[0], (count,), generator=random)
+    assert torch.equal(ops.embed(ids, table, 7.3), reference.embed(ids, table, 7.3))
+    for wrong in (shape[0], -1):
+        with pytest.raises(IndexError, match="no such row"):
+            ops.embed(torch.tensor([0, wrong]), table, 1.0)
+
+
 def test_store(random):
     pages, rows = torch.zeros(3, 4, 2, 10), torch.randn(5, 2, 10, generator=random)
     slots = torch.tensor([3, -1, 4, 11, 0])

@@ -181,18 +181,31 @@ def _steps(stacked: Weight) -> tuple[int, int]:
 
 
 def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
-    """Torch would gather rows of panels on a team of its own, whose threads then stay awake for some milliseconds and
-    hold up ours."""
-    if not isinstance(table, QuantTensor) or table.format not in FORMATS or table.dtype not in DTYPES:
+    """Torch would gather more than a few rows on a team of its own, whose threads then stay awake for some milliseconds
+    and hold up ours."""
+    matrix = as_table(table)
+    if matrix is None:
         return reference.embed(ids, table, scale)
     ids, dtype = ids.contiguous(), DTYPES[table.dtype]
     y = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype)
-    codes, scales = table.codes, table.scales
-    rows, width = table.shape
-    matrix = (FORMATS[table.format], 0, codes.data_ptr(), scales.data_ptr(), rows, width)
+    panels = isinstance(table, QuantTensor) and table.layout == "panels"
     factor = reference.rounded(scale, table.dtype)
-    _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, table.layout == "panels", factor, y.data_ptr(), dtype)
+    _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, panels, factor, y.data_ptr(), dtype)
     return y
+
+
+def as_table(table: Weight) -> _cpu.Matrix | None:
+    """What the kernels want to know of `table` [V, D] to look rows up in it; None when it is nothing for them."""
+    rows, width = table.shape
+    if table.dtype not in DTYPES:
+        return None
+    if isinstance(table, QuantTensor):
+        if table.format not in FORMATS:
+            return None
+        return FORMATS[table.format], 0, table.codes.data_ptr(), table.scales.data_ptr(), rows, width
+    if not (table.is_cpu and table.is_contiguous()):
+        return None
+    return 0, DTYPES[table.dtype], table.data_ptr(), 0, rows, width
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

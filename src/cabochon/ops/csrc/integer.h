@@ -32,11 +32,11 @@ constexpr long group_bytes() {
 // lines at once and then holds computing up; but a row of nibbles, or three of bytes, lose more by fetching from it. A
 // row of nibbles also wants its own numbers to stay in the first. A single row of bytes computes next to nothing: the
 // CPU runs ahead by itself, and a far request would be in its way.
-constexpr long SOON = 2048;
+constexpr long SOON = 2048, AHEAD = 6144;
 
 template <Format F, int R>
 INLINE void ask_for(const uint8_t* group) {
-    constexpr long ahead = R > 1 ? 6144 : F == INT8 ? SOON : 4096;
+    constexpr long ahead = R > 1 ? AHEAD : F == INT8 ? SOON : 4096;
     constexpr int level = R > 1 ? (F == INT8 && R <= 3 ? 3 : 2) : F == INT8 ? 2 : 0;
     for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(group + ahead + line, 0, level);
 }

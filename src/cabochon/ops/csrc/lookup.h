@@ -1,4 +1,4 @@
-// Rows of a quantised table by their numbers: what `reference.embed` makes of them, to the bit.
+// Rows of a table by their numbers: what `reference.embed` makes of them, to the bit.
 #pragma once
 
 #include "packing.h"
@@ -33,6 +33,11 @@ void lookup_row(const Lookup& op, long row, T* to) {
     const long width = op.table.cols, groups = groups_of(width), panel = row / PANEL, lane = row % PANEL;
     uint8_t codes[LANES] = {};
     const auto* bytes = reinterpret_cast<const int8_t*>(codes);
+    if (op.table.format == DENSE) {
+        const T* from = static_cast<const T*>(op.table.codes) + row * width;
+        for (long i = 0; i < width; i += LANES) put(to + i, get(from + i, width - i) * op.scale, width - i);
+        return;
+    }
     if (op.table.format == INT8) {
         const float scale = static_cast<const float*>(op.table.scales)[row];
         for (long i = 0; i < width; i += LANES) {
@@ -56,9 +61,9 @@ void lookup_row(const Lookup& op, long row, T* to) {
 }
 
 void lookup(const Lookup& op) {
-    for (long i = 0; i < op.count; ++i) {
-        typed(op.dtype, op.y, [&](auto* y) { lookup_row(op, op.ids[i], y + i * op.table.cols); });
-    }
+    typed(op.dtype, op.y, [&](auto* y) {
+        over_rows(op.count, op.table.cols, [&](long i) { lookup_row(op, op.ids[i], y + i * op.table.cols); });
+    });
 }
 
 }  // namespace

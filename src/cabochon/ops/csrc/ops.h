@@ -121,12 +121,12 @@ struct Packing {
     void* scales;
 };
 
-// Rows of a quantised table, times `scale`.
+// Rows of a table, times `scale`.
 struct Lookup {
     const int64_t* ids;  // [count]
     long count;
     Matrix table;
-    bool panels;  // else rows
+    bool panels;  // else rows, as a dense one's always are
     float scale;
     void* y;      // [count, table.cols]
     Dtype dtype;
