@@ -87,8 +87,21 @@ def quantize(weight: Tensor, format: str) -> QuantTensor:
     groups = F.pad(weight.float(), (0, -weight.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))  # [.., O, G, 32]
     scales = fitted_scales(groups)
     levels = (groups * _inverse(scales.float())[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8)
-    codes = levels[..., :16] | levels[..., 16:] << 4
-    return QuantTensor(codes, scales, format, tuple(weight.shape), dtype=weight.dtype)
+    return QuantTensor(_nibbles(levels), scales, format, tuple(weight.shape), dtype=weight.dtype)
+
+
+def from_levels(levels: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> QuantTensor:
+    """The weight whose numbers are `levels` [O, I] int8 times their scales, in the layout of rows."""
+    shape = tuple(levels.shape)
+    if format == "int8":
+        return QuantTensor(levels, scales, format, shape, dtype=dtype)
+    groups = F.pad(levels + 8, (0, -shape[1] % GROUP), value=8).view(torch.uint8).unflatten(-1, (-1, GROUP))
+    return QuantTensor(_nibbles(groups), scales, format, shape, dtype=dtype)
+
+
+def _nibbles(levels: Tensor) -> Tensor:
+    """Levels [.., 32] from 0 to 15 as codes [.., 16]."""
+    return levels[..., :16] | levels[..., 16:] << 4
 
 
 def fitted_scales(groups: Tensor) -> Tensor:

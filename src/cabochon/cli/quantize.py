@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +13,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import hub
-from ..errors import EngineError
+from ..errors import EngineError, InputError
 from .tables import console
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..quant import QuantTensor
     from ..weights.checkpoint import Checkpoint
+    from ..weights.params import Param
 
 FURTHEST = {"int8": 0.05, "gguf:q8_0": 0.05, "ct:fp8": 0.2, "gguf:bf16": 0.01, "gguf:f16": 0.01}
 """Mean KL in nats per token beyond which a written file is taken for broken; 4-bit forms may cost more."""
@@ -36,6 +39,15 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="int8, int4; gguf:bf16, gguf:f16, gguf:q8_0, gguf:q4_0; ct:w4a16, ct:fp8.")
     ] = "int4",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="Round int8 or int4 while reading this: a .txt file, a .jsonl file of texts or conversations, or "
+            "`pebble` for the exercises in the package.",
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are read.")] = 32_768,
 ) -> None:
     """Write a model in another format.
 
@@ -48,8 +60,11 @@ def quantize(
     found, name = open_named(model)
     err = Console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        rounded = None
+        if calibrate is not None:
+            rounded = _calibrated(found, model, format, calibrate, calibrate_tokens, progress)
         bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
-        convert.write(found, out, format, Path(name).stem, lambda _: progress.advance(bar))
+        convert.write(found, out, format, Path(name).stem, lambda _: progress.advance(bar), rounded)
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.iterdir()))
     written = f"{out}: {size / 1e9:.3f} GB in {format};"
     if found.config.drafter is not None:
@@ -64,6 +79,28 @@ def quantize(
         raise EngineError(
             f"{out} predicts something else than {model} (KL {moved:.2g}); don't use it, and report this."
         )
+
+
+def _calibrated(
+    found: Checkpoint, model: str, format: str, texts: str, tokens: int, progress: Progress
+) -> Iterator[tuple[Param, Tensor | QuantTensor]]:
+    """The parameters rounded for `texts`, which are read (and where need be answered) at once."""
+    from ..calibrate.texts import read_samples, sequences
+    from ..calibrate.walk import calibrated
+    from ..formats import QUANTIZED
+    from ..llm import LLM
+
+    if format not in QUANTIZED:
+        raise InputError(f"--calibrate is for {' and '.join(QUANTIZED)}, not for {format}; leave one of them out.")
+    if found.config.drafter is not None:
+        raise InputError("--calibrate is for models; a drafter reads its model's state, and no texts.")
+    samples = read_samples(hub.BUNDLED / "tasks.jsonl.gz" if texts == "pebble" else Path(texts))
+    bar = progress.add_task(f"reading {texts}", total=tokens)
+    ids = sequences(
+        found, model, samples, tokens, lambda: LLM(model, device="cpu"), lambda n: progress.update(bar, completed=n)
+    )
+    progress.remove_task(bar)
+    return calibrated(found, ids, format)
 
 
 def inspect(

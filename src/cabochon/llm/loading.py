@@ -77,7 +77,7 @@ def load(
     # Before the model takes its minutes: a wrong drafter or tokenizer is told at once.
     pair = open_drafter(drafter, config, found.folder)
     tokenizer = tokenizer_of(found, name)
-    template = _template(found, name, tokenizer) if tokenizer else None
+    template = template_of(found, name, tokenizer) if tokenizer else None
     give_back()  # parsing 262,144 words took three times what they take, which the weights shall not lie on top of
     network = build(config, found.source, there, kind or DTYPES[config.dtype], progress, quantization, media)
     rounded = quantization or own_format(config)
@@ -152,7 +152,8 @@ def tokenizer_of(found: Checkpoint, name: str) -> Tokenizer | None:
     return Tokenizer.from_file(found.folder) if (found.folder / "tokenizer.json").is_file() else None
 
 
-def _template(found: Checkpoint, name: str, tokenizer: Tokenizer) -> ChatTemplate:
+def template_of(found: Checkpoint, name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """What renders conversations for a checkpoint with its `tokenizer`. `name` is for messages."""
     family: Family = "small" if found.config.text.hidden_size_per_layer_input else "large"
     if found.folder is None:
         return template_from(found.template, name, tokenizer, family)

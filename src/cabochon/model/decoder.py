@@ -74,6 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Tensor, view: View, angles: Angles, k_weight: Tensor | None) -> Tensor:
         """`x` [Q, D] are the query rows, `step` [T, K, W] the rows of all tokens of the step -> [Q, D]."""
+        out: Tensor = self.o_proj(self.heads(x, step, view, angles, k_weight))
+        return out
+
+    def heads(self, x: Tensor, step: Tensor, view: View, angles: Angles, k_weight: Tensor | None) -> Tensor:
+        """What the heads have read, before the output projection: [Q, N * H]."""
         spec = self.spec
         out = ops.attend(
             self.queries(x, angles, k_weight),
@@ -85,7 +90,7 @@ class Attention(nn.Module):
         )
         if spec.k_eq_v:
             out = join_rotated(out, spec.rope.rotated)
-        return self.o_proj(out.flatten(-2))
+        return out.flatten(-2)
 
 
 def split_rotated(x: Tensor, rotated: int) -> tuple[Tensor, Tensor]:

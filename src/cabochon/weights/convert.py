@@ -22,9 +22,18 @@ FORMATS = (*QUANTIZED, *(f"gguf:{f}" for f in gguf_write.FORMATS), *(f"ct:{f}" f
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
-def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[Param], None] = lambda _: None) -> None:
+def write(
+    found: Checkpoint,
+    out: Path,
+    format: str,
+    name: str,
+    tick: Callable[[Param], None] = lambda _: None,
+    rounded: Iterator[tuple[Param, Tensor | QuantTensor]] | None = None,
+) -> None:
     """Write the checkpoint `found` to `out` (a new folder, or a new file for gguf:..., with a second one for its
     towers) in one of `FORMATS`.
+
+    `rounded` are all its parameters for int8 or int4 (see `calibrate`), when they are not simply rounded one by one.
 
     Raises:
         InputError: the format is unknown, `out` exists or can't be written, or a matrix does not fit the format.
@@ -40,7 +49,10 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
             raise InputError(f"{path} exists already; name a new {'file' if kind == 'gguf' else 'folder'}.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(found, out, kind, inner, name, tick)
+        if kind == "gguf":
+            _write_gguf(found, out, inner, name, tick)
+        else:
+            _write_folder(found, out, kind, inner, tick, rounded)
     except BaseException as error:
         # Half a checkpoint looks like a whole one, and would be in the way of the next try.
         for path in mine:
@@ -50,30 +62,38 @@ def write(found: Checkpoint, out: Path, format: str, name: str, tick: Callable[[
         raise
 
 
-def _write(found: Checkpoint, out: Path, kind: str, inner: str, name: str, tick: Callable[[Param], None]) -> None:
-    if kind == "gguf":
-        params = {param.name: param for param in parameters(found.config)}
+def _write_gguf(found: Checkpoint, out: Path, inner: str, name: str, tick: Callable[[Param], None]) -> None:
+    params = {param.name: param for param in parameters(found.config)}
 
-        def weight(ours: str) -> Tensor:
-            return _fetch(found.source, params[ours], tick)
+    def weight(ours: str) -> Tensor:
+        tick(params[ours])
+        return fetch(found.source, params[ours])
 
-        if found.config.vision is not None:
-            gguf_write.save_towers(towers_beside(out), found.config, weight, name=name)
-        gguf_write.save_gguf(
-            out,
-            found.config,
-            weight,
-            inner,
-            tokenizer_json=_words(found),
-            template=_template(found),
-            name=name,
-        )
-        return
-    tensors = _all(found, tick)
+    if found.config.vision is not None:
+        gguf_write.save_towers(towers_beside(out), found.config, weight, name=name)
+    gguf_write.save_gguf(
+        out,
+        found.config,
+        weight,
+        inner,
+        tokenizer_json=_words(found),
+        template=_template(found),
+        name=name,
+    )
+
+
+def _write_folder(
+    found: Checkpoint,
+    out: Path,
+    kind: str,
+    inner: str,
+    tick: Callable[[Param], None],
+    rounded: Iterator[tuple[Param, Tensor | QuantTensor]] | None,
+) -> None:
     if kind == "ct":
-        compressed.save_compressed(out, found.config, tensors, inner)
+        compressed.save_compressed(out, found.config, _all(found, tick), inner)
     else:
-        own.save_own(out, found.config, tensors, kind)
+        own.save_own(out, found.config, rounded or _all(found, tick), kind)
     for file in _BESIDE:
         if found.folder is not None and (found.folder / file).is_file():
             shutil.copy(found.folder / file, out / file)
@@ -90,16 +110,17 @@ def towers_beside(out: Path) -> Path:
 
 def _all(found: Checkpoint, tick: Callable[[Param], None]) -> Iterator[tuple[Param, Tensor]]:
     for param in parameters(found.config):
-        yield param, _fetch(found.source, param, tick)
+        tick(param)
+        yield param, fetch(found.source, param)
 
 
-def _fetch(source: Source, param: Param, tick: Callable[[Param], None]) -> Tensor:
+def fetch(source: Source, param: Param) -> Tensor:
+    """The tensor of one parameter, in whatever float type it is stored; what is quantised comes as float32."""
     shapes = source.shapes()
     name = next((n for n in (param.hf, *param.also) if n in shapes), None)
     if name is None:
         raise CheckpointError(f"{source.origin} has no {param.hf}; download it again.")
     tensor = source.read(name)
-    tick(param)
     return dequantize(tensor) if isinstance(tensor, QuantTensor) else tensor
 
 

@@ -23,13 +23,18 @@ from .params import OWN_METHOD, Param, Shape, own_format, parameters
 from .safetensors import SHARD_BYTES, SafetensorsSource, save
 
 
-def save_own(folder: Path, config: ModelConfig, tensors: Iterator[tuple[Param, Tensor]], format: str) -> None:
-    """Write config.json and the weights of `config` in `format` (int8 or int4); `tensors` are all its parameters."""
+def save_own(
+    folder: Path, config: ModelConfig, tensors: Iterator[tuple[Param, Tensor | QuantTensor]], format: str
+) -> None:
+    """Write config.json and the weights of `config` in `format` (int8 or int4).
+
+    `tensors` are all its parameters; what is in `format` already stays as it is.
+    """
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for param, tensor in tensors:
-            if param.quantize:
-                weight = quantize(tensor, format)
+            if isinstance(tensor, QuantTensor) or param.quantize:
+                weight = tensor if isinstance(tensor, QuantTensor) else quantize(tensor, format)
                 yield f"{param.hf}.codes", weight.codes
                 yield f"{param.hf}.scales", weight.scales
             else:
