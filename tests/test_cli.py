@@ -309,6 +309,13 @@ class Terminal:
         (["plan", "nowhere"], b"", "There is no model 'nowhere'"),
         (["plan", "--gpu", "toaster"], b"", "There is no data for the device 'toaster'"),
         (["quantize", "pebble", "out", "--format", "int9"], b"", "The format is 'int9', but must be one of int8"),
+        (["quantize", "pebble", "out", "--calibrate", "nowhere.txt"], b"", "nowhere.txt can't be read"),
+        (["quantize", "pebble", "out", "--calibrate", "a.csv"], b"", "The calibration file a.csv"),
+        (
+            ["quantize", "pebble", "out", "--calibrate", "pebble", "--format", "ct:fp8"],
+            b"",
+            "--calibrate is for int8 and int4, not for ct:fp8",
+        ),
         (["run", "random:E9B", "Hi"], b"", "There is no model 'E9B'"),
         (["run", "word " * 300, "--max-model-len", "64"], b"", "tokens"),
         (["chat"], b"/fly\n", "There is no command /fly; /help lists them."),

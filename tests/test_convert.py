@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cabochon import LLM, SamplingParams
+from cabochon import LLM, SamplingParams, evaluate
 from cabochon.chat.messages import Media, Message, Text
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import load
 from cabochon.llm.prepare import prepare
+from cabochon.model.batch import whole_sequences
 from cabochon.quant import QuantTensor
 from cabochon.weights import convert, safetensors
 from cabochon.weights.checkpoint import open_checkpoint
@@ -75,6 +76,34 @@ def test_our_own_folder_is_loaded_as_it_lies(tmp_path):
     assert isinstance(stored, QuantTensor)
     assert torch.equal(stored.codes, direct.codes)
     assert torch.equal(stored.scales, direct.scales)
+
+
+def test_calibrating_moves_predictions_less_and_writes_the_same_bytes_again(tmp_path):
+    """Conversations of the package, answered by the model; the file differs from a plain one in numbers only."""
+    words = ("--calibrate", "pebble", "--calibrate-tokens", "16000")
+    for name, more in (("plain", ()), ("first", words), ("again", words)):
+        done = cabochon("quantize", "pebble", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    plain, first, again = (tmp_path / name / "model.safetensors" for name in ("plain", "first", "again"))
+    assert first.read_bytes() == again.read_bytes() != plain.read_bytes()
+    assert first.stat().st_size == plain.stat().st_size
+    assert (tmp_path / "first/config.json").read_bytes() == (tmp_path / "plain/config.json").read_bytes()
+    # What is read are 1 in 60 of the exercises: these are nearly all others.
+    exercises = evaluate.read_tasks(evaluate.BUNDLED_TASKS)[::100]
+    template = LLM().front.template
+    batch = whole_sequences([torch.tensor(template.render(e.messages).token_ids[:300]) for e in exercises])
+    with torch.inference_mode():
+        exact, alone, together = (
+            load(path, dtype="float32").model(batch).log_softmax(-1)
+            for path in (BUNDLED, tmp_path / "plain", tmp_path / "first")
+        )
+    assert float((exact.exp() * (exact - together)).sum()) < 0.7 * float((exact.exp() * (exact - alone)).sum())
+
+
+def test_a_drafter_is_not_calibrated(tmp_path):
+    done = cabochon("quantize", BUNDLED / "drafter", tmp_path / "out", "--calibrate", "pebble")
+    assert done.returncode == 2
+    assert "a drafter reads its model's state" in done.stderr
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

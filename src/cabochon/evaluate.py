@@ -243,15 +243,20 @@ def evaluate(llm: AsyncLLM, exercises: Sequence[Exercise], *, withhold: bool = T
     With `withhold`, exercises that show something or ask for thinking run a second time without.
     """
     apart = {id(e): bare for e in exercises if withhold and (bare := e.without())}
-    credits = asyncio.run(_run(llm, [*exercises, *apart.values()]))
-    plain = dict(zip(apart, credits[len(exercises) :], strict=True))
+    earned = credits(llm, [*exercises, *apart.values()])
+    plain = dict(zip(apart, earned[len(exercises) :], strict=True))
     tasks: dict[str, list[int]] = {}
     for i, exercise in enumerate(exercises):
         tasks.setdefault(exercise.task, []).append(i)
     return [
-        _line(task, [exercises[i] for i in members], [credits[i] for i in members], plain)
+        _line(task, [exercises[i] for i in members], [earned[i] for i in members], plain)
         for task, members in tasks.items()
     ]
+
+
+def credits(llm: AsyncLLM, exercises: Sequence[Exercise]) -> list[float]:
+    """What each reply is worth, from 0 to 1; greedy, with thinking where the exercise says so."""
+    return asyncio.run(_run(llm, exercises))
 
 
 def _line(task: str, exercises: list[Exercise], credits: list[float], plain: Mapping[int, float]) -> Line:

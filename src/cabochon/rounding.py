@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .quant import GROUP, QuantTensor, fitted_scales, from_levels, quantize
 
-DAMPING = 0.01
+DAMPING = 0.05
 """What is added to every input's square, in parts of their mean: what the texts don't have may come all the same."""
 NUMBERS_AT_ONCE = 1 << 23
 """Of a matrix that are rounded side by side, in float64."""
@@ -60,11 +60,14 @@ def quantize_for(moments: Moments, weights: Sequence[Tensor], format: str) -> li
     if moments.tokens < inputs:
         return [quantize(weight, format) for weight in weights]
     spread = _spread(moments.own)
-    change = moments.missing @ spread.T @ spread
     rounded = []
     for weight in weights:
-        blocks = weight.split(max(1, NUMBERS_AT_ONCE // inputs))
-        parts = [_round_rows(block.double(), change, spread, format) for block in blocks]
+        parts = []
+        for block in weight.split(max(1, NUMBERS_AT_ONCE // inputs)):
+            rows = block.double()
+            # Least squares for the exact products. From the left, for the matrices with most inputs have fewer rows.
+            rows += rows @ moments.missing @ spread.T @ spread
+            parts.append(_round_rows(rows, spread, format))
         levels, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         rounded.append(from_levels(levels, scales, format, weight.dtype))
     return rounded
@@ -85,12 +88,12 @@ def _spread(own: Tensor) -> Tensor:
     return spread
 
 
-def _round_rows(rows: Tensor, change: Tensor, spread: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def _round_rows(rows: Tensor, spread: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Levels [O, I] and scales of `rows` [O, I] float64.
 
     Inside a block of columns errors are passed on at once, to the columns behind it by one product when it is done.
     """
-    columns = (rows + rows @ change).T.contiguous()  # [I, O]: a column's numbers lie together
+    columns = rows.T.contiguous()  # [I, O]: a column's numbers lie together
     inputs = columns.shape[0]
     low, high = (-127, 127) if format == "int8" else (-8, 7)
     scales = [(columns.abs().amax(0) / 127).float()] if format == "int8" else []

@@ -23,6 +23,8 @@ from ..llm import LLM
 from ..llm.loading import template_of, tokenizer_of
 from ..weights.checkpoint import Checkpoint
 
+TOKENS = 32_768
+"""That are read when nothing else is asked for."""
 LONGEST = 2048
 """Tokens of a text or conversation that are read; longer text files are cut into pieces, longer conversations end."""
 LONGEST_REPLY = 512

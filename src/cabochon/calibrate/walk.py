@@ -11,7 +11,7 @@ embedding does as the head (docs/numerics.md).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -64,7 +64,6 @@ def calibrated(
     found: Checkpoint,
     sequences: Sequence[Sequence[int]],
     format: str,
-    tick: Callable[[Param], None] = lambda _: None,
 ) -> Iterator[tuple[Param, Tensor | QuantTensor]]:
     """All parameters of `found` in the order of its table, the layers' matrices rounded to `format` for `sequences`.
 
@@ -77,7 +76,6 @@ def calibrated(
         if number and int(number[1]) not in walk.done:
             walk.layer(int(number[1]))
         rounded = walk.rounded.pop(param.name, None)
-        tick(param)
         yield param, fetch(found.source, param) if rounded is None else rounded
 
 

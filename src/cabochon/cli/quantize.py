@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,11 +60,15 @@ def quantize(
     found, name = open_named(model)
     err = Console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
+
+        def tick() -> None:
+            progress.advance(bar)
+
         rounded = None
         if calibrate is not None:
-            rounded = _calibrated(found, model, format, calibrate, calibrate_tokens, progress)
-        bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
-        convert.write(found, out, format, Path(name).stem, lambda _: progress.advance(bar), rounded)
+            rounded = _calibrated(found, model, format, calibrate, calibrate_tokens, progress, tick)
+        convert.write(found, out, format, Path(name).stem, lambda _: tick(), rounded)
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.iterdir()))
     written = f"{out}: {size / 1e9:.3f} GB in {format};"
     if found.config.drafter is not None:
@@ -82,9 +86,9 @@ def quantize(
 
 
 def _calibrated(
-    found: Checkpoint, model: str, format: str, texts: str, tokens: int, progress: Progress
+    found: Checkpoint, model: str, format: str, texts: str, tokens: int, progress: Progress, tick: Callable[[], None]
 ) -> Iterator[tuple[Param, Tensor | QuantTensor]]:
-    """The parameters rounded for `texts`, which are read (and where need be answered) at once."""
+    """The parameters rounded for `texts`; what takes its time begins with the first of them."""
     from ..calibrate.texts import read_samples, sequences
     from ..calibrate.walk import calibrated
     from ..formats import QUANTIZED
@@ -95,12 +99,17 @@ def _calibrated(
     if found.config.drafter is not None:
         raise InputError("--calibrate is for models; a drafter reads its model's state, and no texts.")
     samples = read_samples(hub.BUNDLED / "tasks.jsonl.gz" if texts == "pebble" else Path(texts))
-    bar = progress.add_task(f"reading {texts}", total=tokens)
-    ids = sequences(
-        found, model, samples, tokens, lambda: LLM(model, device="cpu"), lambda n: progress.update(bar, completed=n)
-    )
-    progress.remove_task(bar)
-    return calibrated(found, ids, format)
+
+    def rounded() -> Iterator[tuple[Param, Tensor | QuantTensor]]:
+        bar = progress.add_task(f"reading {texts}", total=tokens)
+        speaker, seen = lambda: LLM(model, device="cpu"), lambda count: progress.update(bar, completed=count)
+        ids = sequences(found, model, samples, tokens, speaker, seen)
+        progress.remove_task(bar)
+        for weight in calibrated(found, ids, format):
+            tick()
+            yield weight
+
+    return rounded()
 
 
 def inspect(
