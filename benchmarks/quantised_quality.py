@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 
 from cabochon import evaluate
-from cabochon.calibrate.texts import TOKENS, Sample, sequences
+from cabochon.calibrate import TOKENS
+from cabochon.calibrate.texts import Sample, sequences
 from cabochon.calibrate.walk import calibrated
 from cabochon.hub import BUNDLED
 from cabochon.llm import LLM, AsyncLLM

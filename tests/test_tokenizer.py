@@ -59,7 +59,7 @@ def test_decoding_is_exact_to_the_byte_however_the_ids_are_cut(name):
 def test_decoding_equals_the_library_where_the_bytes_are_text(name):
     words, draw = tokenizer(name), random.Random(6)
     library = (
-        published.library() if name == "published" else tokenizers.Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+        published.backend() if name == "published" else tokenizers.Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     )
     compared = 0
     for _ in range(60):

@@ -20,7 +20,6 @@ what they show, or without thinking.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import math
 import re
@@ -35,6 +34,7 @@ from .chat.messages import Media, Message, read_messages
 from .engine.request import SamplingParams
 from .errors import ContextError, InputError, RequestError
 from .hub import BUNDLED
+from .lines import objects, read_text
 from .llm import AsyncLLM
 
 BUNDLED_TASKS = BUNDLED / "tasks.jsonl.gz"
@@ -44,6 +44,7 @@ AT_ONCE = 64
 """Conversations that run side by side."""
 LONGEST_REPLY = 512
 
+_SHAPE = "task, messages and expect"
 _FIELDS = {"task", "messages", "expect", "score", "tools", "thinking", "choices"}
 
 
@@ -109,12 +110,8 @@ def read_tasks(path: Path) -> list[Exercise]:
     Raises:
         InputError: the file can't be read, or a line is no exercise; the message names the line.
     """
-    try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = text.decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise InputError(f"The task file {path} can't be read ({error}).") from None
-    found = [_read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    text = read_text(path, "task file")
+    found = [_exercise(value, where) for where, value in objects(text, path, _FIELDS, _SHAPE)]
     if not found:
         raise InputError(f"The task file {path} has no exercises; each line must be a JSON object.")
     return found
@@ -125,15 +122,9 @@ def bundled() -> list[Exercise]:
     return [*read_tasks(BUNDLED_TASKS), *read_tasks(SHOWING_TASKS)]
 
 
-def _read_line(line: str, where: str) -> Exercise:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}).") from None
-    if not isinstance(value, dict) or not {"task", "messages", "expect"} <= set(value):
-        raise InputError(f"{where} must be a JSON object with task, messages and expect.")
-    if strange := sorted(set(value) - _FIELDS):
-        raise InputError(f"{where} has the unknown field {strange[0]!r}; known are {', '.join(sorted(_FIELDS))}.")
+def _exercise(value: dict[str, Any], where: str) -> Exercise:
+    if not {"task", "messages", "expect"} <= set(value):
+        raise InputError(f"{where} must be a JSON object with {_SHAPE}.")
     if value.get("score", "text") not in COMPARE:
         raise InputError(f"{where} has score {value['score']!r}, but must have one of {', '.join(COMPARE)}.")
     exercise = Exercise(**value)

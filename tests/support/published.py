@@ -36,14 +36,14 @@ def _template(family):
 
 
 @cache
-def library() -> tokenizers.Tokenizer:
+def backend() -> tokenizers.Tokenizer:
     """The published tokenizer as the library reads it, control tokens in text and all."""
     return tokenizers.Tokenizer.from_file(str(path("tokenizer.json")))
 
 
 def encode(text: str) -> list[int]:
     """Ids with control tokens recognised in the text, as `transformers` does it."""
-    return library().encode(text, add_special_tokens=False).ids
+    return backend().encode(text, add_special_tokens=False).ids
 
 
 def render(family, messages, **switches) -> str:

@@ -6,8 +6,6 @@ what it will compute most of its life, and task files and logs of questions can 
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +17,16 @@ from ..chat.template import ChatTemplate
 from ..chat.tokenizer import Tokenizer
 from ..engine.request import SamplingParams
 from ..errors import InputError, RequestError
+from ..lines import objects, read_text
 from ..llm import LLM
 from ..llm.loading import template_of, tokenizer_of
 from ..weights.checkpoint import Checkpoint
 
-TOKENS = 32_768
-"""That are read when nothing else is asked for."""
 LONGEST = 2048
 """Tokens of a text or conversation that are read; longer text files are cut into pieces, longer conversations end."""
 LONGEST_REPLY = 512
 ASKED_AT_ONCE = 64
+_SHAPE = "either text or messages"
 _FIELDS = {"text", "messages", "tools", "thinking", "task", "expect", "score", "choices"}
 
 
@@ -54,15 +52,11 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         InputError: the file can't be read, holds nothing, or a line is neither; the message names the line.
     """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode()
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise InputError(f"The calibration file {path} can't be read ({error}).") from None
+    text = read_text(path, "calibration file")
     if path.suffixes[-1:] == [".txt"]:
         samples = [Sample(text)] if text.strip() else []
     elif ".jsonl" in path.suffixes:
-        samples = [_read_line(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        samples = [_sample(value, where) for where, value in objects(text, path, _FIELDS, _SHAPE)]
     else:
         raise InputError(f"The calibration file {path} is no .txt, .jsonl or .jsonl.gz file.")
     if not samples:
@@ -72,15 +66,9 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def _read_line(line: str, where: str) -> Sample:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}).") from None
-    if not isinstance(value, dict) or ("text" in value) == ("messages" in value):
-        raise InputError(f"{where} must be a JSON object with either text or messages.")
-    if strange := sorted(set(value) - _FIELDS):
-        raise InputError(f"{where} has the unknown field {strange[0]!r}; known are {', '.join(sorted(_FIELDS))}.")
+def _sample(value: dict[str, Any], where: str) -> Sample:
+    if ("text" in value) == ("messages" in value):
+        raise InputError(f"{where} must be a JSON object with {_SHAPE}.")
     if "text" in value:
         if not isinstance(value["text"], str) or not value["text"].strip():
             raise InputError(f"{where} has a text that is empty or no string.")

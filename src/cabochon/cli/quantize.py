@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import hub
+from ..calibrate import TOKENS
 from ..errors import EngineError, InputError
 from .tables import console
 
@@ -47,7 +48,7 @@ def quantize(
             "`pebble` for the exercises in the package.",
         ),
     ] = None,
-    calibrate_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are read.")] = 32_768,
+    calibrate_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it are read.")] = TOKENS,
 ) -> None:
     """Write a model in another format.
 
@@ -105,6 +106,8 @@ def _calibrated(
         speaker, seen = lambda: LLM(model, device="cpu"), lambda count: progress.update(bar, completed=count)
         ids = sequences(found, model, samples, tokens, speaker, seen)
         progress.remove_task(bar)
+        if (count := sum(map(len, ids))) < tokens:
+            progress.console.print(f"{texts} gave {count:,} tokens of the {tokens:,} that calibration would read")
         for weight in calibrated(found, ids, format):
             tick()
             yield weight

@@ -8,6 +8,7 @@ as that wants it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class FusedConformer:
         """`Layer.forward`; meanwhile the first weights of `after` are fetched."""
         assert self.kernel is not None
         following = after.kernel if after is not None else None
-        return self.kernel(x, distance, self.attention.query_scale(x.dtype), bound, following)
+        return towers.conformer(self.kernel, x, distance, self.attention.query_scale(x.dtype), bound, following)
 
 
 _fused: WeakKeyDictionary[nn.Module, FusedConformer] = WeakKeyDictionary()
@@ -52,7 +53,7 @@ def fused(layer: nn.Module, x: Tensor, distance: Tensor) -> FusedConformer | Non
     return known if known.kernel is not None else None
 
 
-def _kernel(layer: Layer) -> towers.Conformer | None:
+def _kernel(layer: Layer) -> Any:
     """The prepared call, or None when something in the layer is not what the kernel knows."""
     first, attention, convolution, second = layer.feed_forward1, layer.self_attn, layer.lconv1d, layer.feed_forward2
     norms = (

@@ -76,7 +76,7 @@ class MLP(nn.Module):
     """
 
     ROWS = 2560
-    """At least, for the sake of the products: a picture of up to 280 soft tokens reads each matrix once."""
+    """At least, for the sake of the products: a picture of up to 280 soft tokens goes through in one piece."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -193,19 +193,16 @@ def blend(x: Tensor, taps: Tensor, weight: Tensor, eps: float, bound: float) -> 
     return y
 
 
-class Conformer:
-    """A conformer's layer whose weights were looked up: `model.conformer.Layer.forward` in one call."""
+def conformer(
+    layer: _cpu.Conformer, x: Tensor, distance: Tensor, scale: Tensor, bound: float, after: _cpu.Conformer | None
+) -> Tensor:
+    """A prepared `layer` in one call: `x` [A, W], `distance` [R, W] and the queries' `scale` [H] in float32 -> [A, W].
 
-    def __init__(self, kernel: _cpu.Conformer) -> None:
-        self._kernel = kernel
-
-    def __call__(self, x: Tensor, distance: Tensor, scale: Tensor, bound: float, after: Conformer | None) -> Tensor:
-        """`x` [A, W], `distance` [R, W] and the queries' `scale` [H] in float32 -> [A, W]."""
-        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        following = None if after is None else after._kernel
-        reach = (distance.data_ptr(), len(distance))
-        self._kernel.run(x.data_ptr(), len(x), *reach, scale.data_ptr(), bound, y.data_ptr(), following)
-        return y
+    Meanwhile the first weights of `after` are fetched.
+    """
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    layer.run(x.data_ptr(), len(x), distance.data_ptr(), len(distance), scale.data_ptr(), bound, y.data_ptr(), after)
+    return y
 
 
 def takes_conformer(x: Tensor, distance: Tensor) -> bool:
@@ -220,7 +217,7 @@ def prepare_conformer(
     norms: Sequence[Tensor],
     taps: Tensor,
     matrices: Sequence[tuple[Weight, Clip | None]],
-) -> Conformer | None:
+) -> _cpu.Conformer | None:
     """Arguments as `PreparedConformer` in `csrc/module.cpp` has them, `taps` [W, count].
 
     None where a weight is nothing for the kernel.
@@ -234,7 +231,7 @@ def prepare_conformer(
             return None
         found.append((weight.data_ptr(), *weight.shape, _ends(clip)))
     addresses = tuple(vector.data_ptr() for vector in vectors)
-    return Conformer(_cpu.Conformer((heads, taps.shape[1], *floats), addresses, tuple(found)))
+    return _cpu.Conformer((heads, taps.shape[1], *floats), addresses, tuple(found))
 
 
 def subsample(mel: Tensor, first: Halving, second: Halving, eps: float) -> Tensor:

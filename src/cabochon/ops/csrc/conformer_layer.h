@@ -1,4 +1,4 @@
-// A conformer's layer in one call: what `model.audio.Layer.forward` does op by op, by the same kernels and with the same
+// A conformer's layer in one call: what `model.conformer.Layer.forward` does op by op, by the same kernels and with the same
 // roundings in between, without the interpreter. All in bfloat16.
 //
 // Whoever computes what a product reads writes it as tiles read it, cut to the product's range, so no rows are copied.
