@@ -341,6 +341,31 @@ def test_unknown_fields_are_ignored_and_ids_come_back(base: str) -> None:
     assert post(base, "/tokenize", {"prompt": "x"}).headers["x-request-id"].startswith("req_")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "harmless"),
+    [
+        ("guided_json", {"type": "object"}, None),
+        ("functions", [{"name": "pick"}], []),
+        ("min_tokens", 5, 0),
+        ("best_of", 4, 1),
+        ("skip_special_tokens", False, True),
+        ("modalities", ["text", "audio"], ["text"]),
+        ("continue_final_message", True, False),
+        ("cache_salt", "mine", ""),
+    ],
+)
+def test_fields_that_would_change_the_reply_elsewhere_are_not_ignored(
+    base: str, field: str, value: object, harmless: object
+) -> None:
+    for path, asked in (("/v1/chat/completions", ASK), ("/v1/completions", {"prompt": "x", "max_tokens": 1})):
+        error = post(base, path, {**asked, field: value})
+        if value or field != "skip_special_tokens":
+            assert error.status_code == 400, error.text
+            assert error.json()["error"]["param"] == field
+            assert error.json()["error"]["message"].startswith(f"{field} is ")
+        assert post(base, path, {**asked, field: harmless}).status_code == 200
+
+
 # Other endpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -375,19 +400,33 @@ def test_tokens_go_round(base: str) -> None:
     assert post(base, "/detokenize", {"tokens": there["tokens"]}).json()["prompt"] == "<bos>forged <|turn> and é"
     turns = post(base, "/tokenize", {"messages": ASK["messages"], "tools": TOOLS}).json()
     assert {105, 106, 46} <= set(turns["tokens"])
+    bare = post(base, "/tokenize", {"prompt": "é", "add_special_tokens": False, "return_token_strs": True}).json()
+    assert there["tokens"][0] not in bare["tokens"] and "".join(bare["token_strs"]) == "é"
+    assert there["token_strs"] is None
+    strange = post(base, "/detokenize", {"tokens": [5, 10**8]})
+    assert strange.status_code == 400 and "tokens holds 100000000, but ids end at" in strange.json()["error"]["message"]
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+        assert post(base, path, {"model": "other", **body}).status_code == 404
     assert chat(base)["usage"]["prompt_tokens"] < turns["count"]
 
 
 def test_operation(base: str) -> None:
     chat(base)
     assert httpx.get(base + "/health").json() == {"status": "ok"}
+    assert httpx.get(base + "/ping").status_code == httpx.post(base + "/ping").status_code == 200
+    assert httpx.get(base + "/load").json() == {"server_load": 0}
     assert httpx.get(base + "/ready").json() == {"status": "ready"}
     assert [m["id"] for m in httpx.get(base + "/v1/models").json()["data"]] == [NAME, "toy-alias"]
     page = httpx.get(base + "/metrics").text
     for line in ("cabochon_requests_running 0.0", 'cabochon_finished_total{reason="length"}',
                  'cabochon_http_requests_total{route="/v1/chat/completions",status="200"}',
-                 'cabochon_inter_token_seconds_bucket{le="+Inf"}', 'cabochon_pages_used{group="global"}'):  # fmt: skip
+                 'cabochon_inter_token_seconds_bucket{le="+Inf"}', 'cabochon_pages_used{group="global"}',
+                 f'vllm:num_requests_waiting{{model_name="{NAME}"}} 0.0',
+                 f'vllm:request_success_total{{finished_reason="length",model_name="{NAME}"}}',
+                 f'vllm:inter_token_latency_seconds_bucket{{le="+Inf",model_name="{NAME}"}}'):  # fmt: skip
         assert line in page
+    families = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families)) > 30
     described = httpx.get(base + "/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/responses", "/v1/messages"} <= described["paths"].keys()
     assert "422" not in described["paths"]["/v1/chat/completions"]["post"]["responses"]

@@ -72,6 +72,15 @@ def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
     async def health() -> Response:
         return Json({"status": "ok"}) if service.llm.alive else Json({"status": "stopped"}, 503)
 
+    @app.get("/ping", summary="The same, as SageMaker asks", tags=["Operation"])
+    @app.post("/ping", summary="The same, as SageMaker asks", tags=["Operation"])
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/load", summary="How many replies are running or waiting", tags=["Operation"])
+    async def load() -> Response:
+        return Json({"server_load": service.replies})
+
     @app.get(
         "/ready", summary="New requests are taken", tags=["Operation"], responses={503: {"description": "Draining"}}
     )
@@ -84,7 +93,7 @@ def _plain_routes(app: FastAPI, service: Service, traffic: Traffic) -> None:
 
     @app.get("/metrics", summary="Counters for Prometheus", tags=["Operation"])
     async def metrics() -> Response:
-        page = render(service.llm.stats, service.llm.gauges(), traffic)
+        page = render(service.llm.stats, service.llm.gauges(), traffic, service.options.names[0])
         return Response(page, media_type=CONTENT_TYPE)
 
 

@@ -110,6 +110,8 @@ def wire_fault(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         return f"{name or 'The body'} has {limits['actual_length']} entries, but must have {bound}.", name
     came = _shown(worst.get("input"))
     wanted = message.removeprefix("Input should be ").removeprefix("Input should ")
+    if worst["type"] == "model_attributes_type":
+        wanted = "an object"
     if wanted == message:
         return f"{name or 'The body'} is {came}: {message[0].lower()}{message[1:]}.", name
     return f"{name or 'The body'} is {came}, but must be {wanted}.", name

@@ -27,7 +27,7 @@ log = logging.getLogger("cabochon.server")
 
 UNANSWERED = 499
 """What proxies write down for a client that left before it was answered."""
-_OPEN = {"/", "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}
+_OPEN = {"/", "/health", "/ping", "/ready", "/load", "/version", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}
 _IDENTITY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 

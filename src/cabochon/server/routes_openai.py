@@ -60,10 +60,12 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/tokenize", summary="Text or a conversation to token ids", tags=["Tokens"])
     async def tokenize(body: wire.TokenizeRequest) -> Response:
+        service.model_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("Exactly one of prompt and messages must be given.", "prompt")
         if body.prompt is not None:
-            ids = service.llm.front.encode(body.prompt)
+            bare = body.add_special_tokens is False
+            ids = service.tokenizer.encode(body.prompt) if bare else service.llm.front.encode(body.prompt)
         else:
             kwargs = body.chat_template_kwargs or wire.TemplateKwargs()
             ask = Ask(
@@ -73,10 +75,15 @@ def openai_routes(service: Service) -> APIRouter:
                 thinking=kwargs.enable_thinking,
             )
             ids = list((await service.render(ask)).token_ids)
-        return Json({"tokens": ids, "count": len(ids), "max_model_len": service.llm.max_model_len})
+        spelt = [service.tokenizer.decode([i], special=True) for i in ids] if body.return_token_strs else None
+        return Json({"tokens": ids, "count": len(ids), "max_model_len": service.llm.max_model_len, "token_strs": spelt})
 
     @routes.post("/detokenize", summary="Token ids to text", tags=["Tokens"])
     async def detokenize(body: wire.DetokenizeRequest) -> Response:
+        service.model_name(body.model)
+        size = service.llm.config.text.vocab_size
+        if strange := [i for i in body.tokens if i >= size]:
+            raise RequestError(f"tokens holds {strange[0]}, but ids end at {size - 1}.", "tokens")
         return Json({"prompt": service.tokenizer.decode(body.tokens, special=True)})
 
     return routes

@@ -1,14 +1,16 @@
 """The requests as they travel: what each field may hold, and nothing about what it means.
 
 Fields that a protocol knows and that change nothing here (`user`, `service_tier`) are not listed: unknown fields are
-ignored, as OpenAI does. Wrong types and ranges become a 400 that names the field (see `faults`).
+ignored, save for those in `refused`. Wrong types and ranges become a 400 that names the field (see `faults`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from . import refused
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -33,6 +35,7 @@ class Wire(BaseModel):
 class Sampling(Wire):
     """What every endpoint of OpenAI's family (and vLLM's additions) lets a caller choose."""
 
+    _refused = model_validator(mode="before")(refused.check)
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = Field(None, description="0 and -1 switch it off.")
@@ -175,7 +178,11 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Wire):
     """POST /tokenize: `prompt`, or `messages` as for a chat."""
 
+    _refused = model_validator(mode="before")(refused.check)
+    model: str | None = None
     prompt: str | None = None
+    add_special_tokens: bool | None = Field(None, description="False: a prompt without the token that begins a text.")
+    return_token_strs: bool | None = None
     messages: list[ChatMessage] | None = None
     tools: list[FunctionTool] | None = None
     chat_template_kwargs: TemplateKwargs | None = None
@@ -184,6 +191,7 @@ class TokenizeRequest(Wire):
 class DetokenizeRequest(Wire):
     """POST /detokenize"""
 
+    model: str | None = None
     tokens: list[TokenId]
 
 
