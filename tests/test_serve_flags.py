@@ -21,6 +21,7 @@ import torch
 from cabochon.chat.messages import Message, Text
 from cabochon.cli.serve import build
 from cabochon.cli.serve_flags import ServeSettings, read_settings
+from cabochon.cli.vllm_flags import REFUSED as REFUSED_FLAGS
 from cabochon.config import read_config
 from cabochon.engine.guessers import Lookup
 from cabochon.engine.request import SamplingParams
@@ -269,6 +270,28 @@ def test_file_environment_and_line_in_rising_order(tmp_path: Path) -> None:
         read(f"--config {file}")
     with pytest.raises(InputError, match="can't be read"):
         read("--config nowhere.yaml")
+
+
+@pytest.mark.parametrize("flag", REFUSED_FLAGS)
+def test_every_flag_that_is_refused_says_what_to_do(flag: str) -> None:
+    with pytest.raises(InputError, match=rf"^{flag}: .+\.$"):
+        read(f"m {flag} 1")
+
+
+def test_flags_that_change_nothing_say_so() -> None:
+    settings = read("m --enable-server-load-tracking --max-logprobs 5 --mm-processor-cache-gb 4")
+    assert [notice.split()[0].rstrip(":") for notice in settings.notices] == [
+        *("--max-logprobs", "--mm-processor-cache-gb", "--enable-server-load-tracking"),
+    ]
+    with pytest.raises(InputError, match="--max-logprobs 50: 20 alternatives per token are the most"):
+        read("m --max-logprobs 50")
+
+
+@pytest.mark.parametrize("given", ["https://a https://b", """'["https://a", "https://b"]'"""])
+def test_origins_as_words_and_as_vllms_list(given: str) -> None:
+    assert read(f"m --allowed-origins {given}").server["allowed_origins"] == ("https://a", "https://b")
+    with pytest.raises(InputError, match="--allowed-origins is not JSON"):
+        read("m --allowed-origins [https://a")
 
 
 def test_keys_from_a_file(tmp_path: Path) -> None:

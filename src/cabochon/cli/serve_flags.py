@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config import MEDIA
 from ..errors import InputError
+from ..server.options import MIB, ServerOptions
 from . import flag_values
 from .vllm_flags import ALWAYS, FIXED, PASSED, REASONS, REFUSED
 
@@ -86,8 +87,8 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         "host": read.host,
         "port": read.port,
         "api_keys": flag_values.keys(read.api_key, read.api_key_file),
-        "allowed_origins": tuple(read.allowed_origins or ()),
-        "max_body_bytes": None if read.max_body_mib is None else int(read.max_body_mib * (1 << 20)),
+        "allowed_origins": flag_values.origins(read.allowed_origins),
+        "max_body_bytes": None if read.max_body_mib is None else int(read.max_body_mib * MIB),
         "max_waiting": read.max_waiting,
         "max_output_tokens": read.max_output_tokens,
         "request_timeout": read.request_timeout,
@@ -111,7 +112,7 @@ def _settings(read: argparse.Namespace, limits: dict[str, int], notices: list[st
         media_options=flag_values.media_options(read.mm_processor_kwargs, read.max_image_tokens),
         media={
             "folder": read.allowed_local_media_path,
-            "max_bytes": int(read.max_media_mib * (1 << 20)),
+            "max_bytes": int(read.max_media_mib * MIB),
             "max_image_tokens": read.max_image_tokens,
             "max_frames": read.max_video_frames,
             "private_addresses": read.allow_private_media_urls,
@@ -163,7 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-dtype", metavar="TYPE", help="of pages that see the whole context: auto, fp8, int8")
     add("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="most memory for pages")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="on unless switched off")
-    add("--loop-guard", type=int, default=200, metavar="N", help="end a reply whose last N tokens repeat; 0: never")
+    add(
+        "--loop-guard",
+        type=int,
+        default=200,
+        metavar="N",
+        help="end a reply whose last N tokens repeat; 0: never (%(default)s)",
+    )
 
     media = parser.add_argument_group("media")
     add = media.add_argument
@@ -179,21 +186,29 @@ def _parser() -> argparse.ArgumentParser:
         help="files that requests may name",
     )
     add("--allow-private-media-urls", action="store_true", help="fetch media from private and loopback addresses too")
-    add("--max-image-tokens", type=int, default=1120, metavar="N", help="most soft tokens of an image (70 to 1120)")
-    add("--max-video-frames", type=int, default=128, metavar="N", help="most frames of a video")
-    add("--max-media-mib", type=float, default=64, metavar="MIB", help="of one image, video or sound")
+    add(
+        "--max-image-tokens",
+        type=int,
+        default=1120,
+        metavar="N",
+        help="most soft tokens of an image, 70 to 1120 (%(default)s)",
+    )
+    add("--max-video-frames", type=int, default=128, metavar="N", help="most frames of a video (%(default)s)")
+    add("--max-media-mib", type=float, default=64, metavar="MIB", help="of one image, video or sound (%(default)s)")
 
     door = parser.add_argument_group("door")
+    usual: dict[str, Any] = {option.name: option.default for option in fields(ServerOptions)}
     add = door.add_argument
     add("--api-key", nargs="+", action="extend", metavar="KEY", help="any of these opens the door")
     add("--api-key-file", type=Path, metavar="FILE", help="one key per line")
     add("--allowed-origins", nargs="+", metavar="ORIGIN", help="pages that may call from a browser")
-    add("--max-body-mib", type=float, metavar="MIB", help="of a request")
-    add("--max-waiting", type=int, metavar="N", help="replies that may wait; then 429")
+    add("--max-body-mib", type=float, metavar="MIB", help=f"of a request ({usual['max_body_bytes'] // MIB})")
+    add("--max-waiting", type=int, metavar="N", help=f"replies that may wait; then 429 ({usual['max_waiting']})")
     add("--max-output-tokens", type=int, metavar="N", help="most tokens of one reply")
-    add("--request-timeout", type=float, metavar="SECONDS", help="longest time for a reply")
-    add("--drain", type=float, metavar="SECONDS", help="time that running replies get after SIGTERM")
-    add("--responses-kept", type=int, metavar="N", help="responses that can be continued")
+    timeout, drain, kept = (usual[name] for name in ("request_timeout", "drain", "responses_kept"))
+    add("--request-timeout", type=float, metavar="SECONDS", help=f"longest time for a reply ({timeout:g})")
+    add("--drain", type=float, metavar="SECONDS", help=f"time that running replies get after SIGTERM ({drain:g})")
+    add("--responses-kept", type=int, metavar="N", help=f"responses that can be continued ({kept})")
     add("--enable-log-requests", action="store_true", help="log prompts as well")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
 

@@ -19,6 +19,11 @@ ALWAYS: Mapping[str, str] = {
     "--disable-custom-all-reduce": "There is one device, so nothing to reduce.",
     "--enable-expert-parallel": "All experts are on the one device.",
     "--trust-request-mm-kwargs": "A request may always choose its media budget within the server's limits.",
+    "--enable-server-load-tracking": "/load always counts.",
+    "--enable-prompt-tokens-details": "Cached tokens are always told in usage.",
+    "--enable-request-id-headers": "Every answer carries x-request-id.",
+    "--disable-frontend-multiprocessing": "There is one process.",
+    "--disable-uvicorn-access-log": "There is one log; --log-level warning leaves requests out.",
     "--disable-hybrid-kv-cache-manager": "Window and global pages are always separate.",
 }
 """Switches for what can't be switched off."""
@@ -34,6 +39,13 @@ FIXED: Mapping[str, tuple[frozenset[str], str]] = {
     "--tokenizer-mode": (frozenset({"auto", "hf"}), ""),
     "--distributed-executor-backend": (frozenset({"mp", "uni"}), "There is one process."),
     "--config-format": (frozenset({"auto", "hf"}), ""),
+    "--max-logprobs": (frozenset(map(str, range(21))), "Requests may ask for 20."),
+    "--scheduling-policy": (frozenset({"fcfs"}), ""),
+    "--stream-interval": (frozenset({"1"}), ""),
+    "--api-server-count": (frozenset({"1"}), ""),
+    "--response-role": (frozenset({"assistant"}), ""),
+    "--allowed-methods": (frozenset({'["*"]'}), "Origins that are allowed may use every method."),
+    "--allowed-headers": (frozenset({'["*"]'}), "Origins that are allowed may send every header."),
     "--model-impl": (frozenset({"auto", "vllm"}), "There is one implementation."),
 }
 """Flags whose values stand for what is done anyway; other values are refused with the reason below."""
@@ -45,6 +57,10 @@ REASONS: Mapping[str, str] = {
     "--pipeline-parallel-size": "splitting a model over several devices is not available yet; start with 1",
     "--data-parallel-size": "several copies in one server are not available; start one server per copy",
     "--generation-config": "sampling defaults come from the checkpoint; set them per request instead",
+    "--max-logprobs": "20 alternatives per token are the most",
+    "--scheduling-policy": "requests are served in order of arrival (fcfs)",
+    "--stream-interval": "every token is sent as it comes (1)",
+    "--api-server-count": "there is one process",
 }
 
 STORED_QUANTIZATION = frozenset(
@@ -58,6 +74,15 @@ REFUSED: Mapping[str, str] = {
     "--cpu-offload-gb": "weights can't be kept in two places yet; choose a smaller or quantised checkpoint",
     "--ssl-keyfile": "TLS belongs to a proxy in front; this server speaks plain HTTP",
     "--ssl-certfile": "TLS belongs to a proxy in front; this server speaks plain HTTP",
+    "--root-path": "let the proxy in front take the prefix off",
+    "--middleware": "no code is loaded from outside",
+    "--revision": "write the model as NAME@REVISION",
+    "--tokenizer": "a checkpoint's own tokenizer is used",
+    "--hf-token": "set HF_TOKEN in the environment",
+    "--hf-overrides": "a checkpoint runs as its config.json says",
+    "--rope-scaling": "a checkpoint runs as its config.json says",
+    "--override-generation-config": "sampling is the checkpoint's, or a Modelfile's; set it per request",
+    "--enable-sleep-mode": "stop the server; it starts in seconds",
     "--runner": "only generation is served",
     "--task": "only generation is served",
 }
@@ -72,6 +97,10 @@ PASSED = {
     "--structured-outputs-config": "Structured outputs have one backend.",
     "--mm-encoder-tp-mode": "There is one device.",
     "--moe-backend": "The kernels are chosen by device.",
+    "--mm-processor-cache-gb": "What the towers made of media is kept beside the pages.",
+    "--chat-template-content-format": "Texts and lists of parts are both understood.",
+    "--prefix-caching-hash-algo": "There is one hash.",
+    "--max-log-len": "With --enable-log-requests prompts are logged whole.",
     "--uvicorn-log-level": "There is one log; see --log-level.",
     "--download-dir": "The Hugging Face cache is used; see HF_HOME.",
 }
