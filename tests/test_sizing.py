@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 from cabochon import LLM, SamplingParams
 from cabochon.cli import app
 from cabochon.cli.bench_shapes import past_bytes, random_codes, weight_bytes
+from cabochon.cli.measure import Meter
 from cabochon.config import read_config
 from cabochon.errors import CabochonError, InputError
 from cabochon.kv.layout import kv_groups, plan_pages
 from cabochon.kv.pool import PageStore
 from cabochon.llm.loading import build
 from cabochon.llm.prepare import prepare
+from cabochon.ops import cpu
 from cabochon.quant import QuantTensor
 from cabochon.sizing import Workload, hardware, plan, ranking, start, units
 from cabochon.sizing.memory import PAGE, measure, value_bytes
@@ -398,17 +401,37 @@ def test_strange_devices(name):
 def test_a_measurement_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert hardware.recall() is None and "guess" in hardware.this_machine().source
-    hardware.remember(hardware.Measured(bandwidth=3e10, bf16=1e12, int8=2e12, cores=2))
-    assert hardware.this_machine().bandwidth == 3e10 and "measured" in hardware.this_machine().source
+    hardware.remember(hardware.Measured(bandwidth=3e10, bf16=1e12, int8=2e12, int4=3e12, cores=2))
+    machine = hardware.this_machine()
+    assert machine.bandwidth == 3e10 and "measured" in machine.source
+    assert [machine.rate(format) for format in (None, "int8", "int4")] == [1e12, 2e12, 3e12]
     hardware.measurement_file().write_text("{broken")
     assert hardware.recall() is None
 
 
-def test_this_machine_can_be_measured():
-    from cabochon.cli.measure import measure as time_it
+@pytest.mark.parametrize("isa", [*cpu.supported(), "reference"])
+def test_this_machine_can_be_measured(isa):
+    before = cpu.active()
+    try:
+        cpu.use(isa)
+        found = Meter(read_bytes=1 << 22, shape=(32, 256, 512), seconds=0.01).now()
+    finally:
+        cpu.use(before)
+    assert min(found.bandwidth, found.bf16, found.int8, found.int4) > 1e7
 
-    found = time_it(read_bytes=1 << 22, size=128)
-    assert found.bandwidth > 1e8 and found.bf16 > 1e8 and found.int8 > 1e8
+
+def test_an_interruption_lowers_no_limit():
+    """By a clock on which every second run takes ten times as long."""
+    ticks = cycle((1e-3, 1e-2))
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += next(ticks)
+        return now
+
+    meter = Meter(read_bytes=1 << 20, shape=(32, 256, 512), seconds=1.0, clock=clock)
+    assert meter.now().bandwidth == pytest.approx((1 << 20) / 1e-3, rel=1e-6)
 
 
 # The commands -------------------------------------------------------------------------------------------------------
@@ -436,7 +459,7 @@ def test_nonsense_is_answered_in_a_sentence(model, flags):
 def test_plan_answers_in_half_a_second(tmp_path):
     """Processor time, because the machine is shared; the picture and the ranking of everything may take longer."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [str(Path(sys.executable).parent / "cabochon"), "plan", "26B-A4B", "--gpu", "h200", "--context", "32k"]
+    command = [sys.executable, "-m", "cabochon", "plan", "26B-A4B", "--gpu", "h200", "--context", "32k"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "fits: 1 x 32k" in done.stdout

@@ -24,10 +24,12 @@ import typer
 from rich.table import Table
 
 from ..errors import InputError
+from ..formats import QUANTIZED
 from ..kv.layout import CacheDtype
 from ..sizing import Workload, hardware
 from ..sizing.hardware import Hardware, Measured
 from ..sizing.speed import prefill_seconds, step_seconds
+from .flag_values import numbers
 from .tables import console
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ def cpu(
         bool, typer.Option("--cpu-time", help="Time one thread by what it computes, not by the clock on the wall.")
     ] = False,
 ) -> None:
-    """Tokens per second of prefill and decode, beside what the planner predicts from this machine's measured rates."""
+    """How near to its limits this CPU comes.
+
+    Tokens per second of prefill and decode, beside what the planner predicts from rates measured along with them.
+    """
     import torch
 
     from ..ops import cpu as kernels
@@ -78,6 +83,8 @@ def cpu(
     clock = time.thread_time if cpu_time else time.perf_counter
     if cpu_time:
         torch.set_num_threads(1)
+    lengths, seats = numbers(prefill, "--prefill"), numbers(batches, "--batches")
+    pasts = numbers(contexts, "--contexts")
     config, _ = open_random(model)
     meter = Meter(clock=clock)
     timings = []
@@ -87,17 +94,18 @@ def cpu(
         with tempfile.TemporaryDirectory() as folder:
             peers = list(_peers(programs, config, format, Path(folder), cpu_time))
             network = random_codes(config, format)
-            runs = _runs(network, work, _numbers(prefill), _numbers(batches), _numbers(contexts))
+            runs = _runs(network, work, lengths, seats, pasts)
             timings += [_timed(run, network, format, repeats, meter, peers) for run in runs]
             del network, peers, runs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [timing.row() for timing in timings]
     _show(f"{model}, {kernels.active()}", rows)
     limits = [limit for timing in timings for limit in timing.limits]
-    bandwidth, int8 = (_middle([getattr(limit, rate) for limit in limits]) for rate in ("bandwidth", "int8"))
-    speeds = f"memory {bandwidth / 1e9:.1f} GB/s, int8 {int8 / 1e9:.0f} GOP/s"
+    rates = {rate: _middle([getattr(limit, rate) for limit in limits]) for rate in ("bandwidth", "bf16", *QUANTIZED)}
+    products = ", ".join(f"{rate} {rates[rate] / 1e9:.0f}" for rate in ("bf16", *QUANTIZED))
+    speeds = f"memory {rates['bandwidth'] / 1e9:.1f} GB/s, {products} GOP/s"
     print(f"{speeds}, {torch.get_num_threads()} threads{', by their own time' if cpu_time else ''}")
-    result = {"model": model, "isa": kernels.active(), "bandwidth": bandwidth, "int8": int8}
+    result = {"model": model, "isa": kernels.active(), **rates}
     result |= {"threads": torch.get_num_threads(), "cpu_time": cpu_time, "kv_cache_dtype": kv_cache_dtype}
     print(json.dumps(result | {"peak_rss": peak, "rows": rows}))
 
@@ -205,10 +213,6 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
         ratios = (f"{row[name]:.1f} ({row['times_' + name]:.2f}x)" if name in row else "" for name in names)
         table.add_row(row["format"], row["what"], *rates, f"{row['reached']:.0%}", *ratios)
     console().print(table)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
 
 
 def _middle(values: list[float]) -> float:

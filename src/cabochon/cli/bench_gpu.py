@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 from ..errors import InputError
+from .flag_values import numbers
 from .tables import console
 
 if TYPE_CHECKING:
@@ -54,13 +55,18 @@ def gpu(
     prefill: Annotated[str, typer.Option(help="Prompt lengths.")] = "4096",
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 20,
 ) -> None:
-    """Tokens per second of prefill and decode, and the part of the measured bandwidth that decode reaches."""
+    """How near to its limits this GPU comes.
+
+    Tokens per second of prefill and decode, and the part of the measured bandwidth that decode reaches.
+    """
     import torch
 
     if not torch.cuda.is_available():
         raise InputError("bench gpu needs a GPU that torch can use, and there is none; bench cpu times the CPU")
     from ..weights.random import open_random
 
+    lengths, seats = numbers(prefill, "--prefill"), numbers(batches, "--batches")
+    pasts = numbers(contexts, "--contexts")
     timer = on_the_gpu(repeats)
     limit = copy_bandwidth(timer)
     name, out, found = torch.cuda.get_device_name(), console(), []
@@ -69,8 +75,7 @@ def gpu(
     for model in models.split(","):
         config, _ = open_random(model)
         for format in formats.split(","):
-            sizes = (_numbers(prefill), _numbers(batches), _numbers(contexts))
-            for step in steps(config, format, *sizes, timer, torch.device("cuda")):
+            for step in steps(config, format, lengths, seats, pasts, timer, torch.device("cuda")):
                 row = _cells(model, format, step, limit)
                 out.print("  ".join(row))
                 table.add_row(*row)
@@ -145,7 +150,3 @@ def _cells(model: str, format: str, step: Step, limit: float) -> list[str]:
     moved = "" if step.moved is None else f"{step.moved / 1e9:.2f}"
     rate = f"{step.tokens / step.seconds:.1f}"
     return [model, format, step.what, rate, moved, "" if floor is None else f"{floor:.0%}"]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]

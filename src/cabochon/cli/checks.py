@@ -163,7 +163,8 @@ def measured() -> Iterator[Finding]:
     if found is None:
         yield Finding("warning", "speed", "not measured, so plans guess it; run `cabochon doctor --measure`")
         return
-    rates = f"bf16 {found.bf16 / 1e12:.2f}, int8 {found.int8 / 1e12:.2f} T operations/s on {found.cores} threads"
+    formats = ", ".join(f"{name} {getattr(found, name) / 1e12:.2f}" for name in ("bf16", "int8", "int4"))
+    rates = f"{formats} T operations/s on {found.cores} threads"
     yield Finding("ok", "speed", f"memory {found.bandwidth / 1e9:.1f} GB/s, {rates}")
 
 

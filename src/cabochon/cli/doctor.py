@@ -30,9 +30,9 @@ def doctor(
     """
     if measure:
         from ..sizing import hardware
-        from .measure import measure as time_it
+        from .measure import Meter
 
-        hardware.remember(time_it())
+        hardware.remember(Meter(seconds=1.0).now())
     found = list(checks.machine(offline))
     if model is not None:
         found += checks.model(model)

@@ -1,4 +1,4 @@
-"""What the values of `cabochon serve`'s flags mean. Every function raises `InputError` with one sentence."""
+"""What the values of flags mean, most of them of `cabochon serve`. Functions raise `InputError` with one sentence."""
 
 from __future__ import annotations
 
@@ -171,7 +171,26 @@ def keys(keys: Sequence[str] | None, path: Path | None) -> tuple[str, ...]:
     return tuple(found)
 
 
+def origins(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Pages by their origins, one by one, or as the JSON list that vLLM takes."""
+    found: list[str] = []
+    for text in given or ():
+        try:
+            found += json.loads(text) if text.startswith("[") else [text]
+        except ValueError as error:
+            raise InputError(f"--allowed-origins is not JSON ({error}).") from None
+    return tuple(found)
+
+
 def number(text: str, flag: str) -> int:
     if not text.isdigit():
         raise InputError(f"{flag} is {text!r}, but must be a number.")
     return int(text)
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """`1,8`, or nothing. Raises `InputError`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 1 << 20 for part in parts):
+        raise InputError(f"{flag} is {text!r}, but must be numbers from 1 to {1 << 20:,}, separated by commas.")
+    return [int(part) for part in parts]

@@ -35,10 +35,14 @@ class Hardware:
     """Rate of bfloat16 (float16 where there is none) matrix products."""
     int8: float
     source: str
+    int4: float | None = None
+    """On a CPU, where it differs from int8: AVX2 multiplies small numbers faster than bytes."""
 
     def rate(self, quantization: str | None) -> float:
         """Of the products of a step. GPUs multiply integer weights as bfloat16; our CPU kernels in integers."""
-        return self.int8 if quantization and self.kind == "cpu" else self.bf16
+        if quantization is None or self.kind != "cpu":
+            return self.bf16
+        return self.int4 if quantization == "int4" and self.int4 is not None else self.int8
 
 
 def _gpu(name: str, mib: int, gb_per_s: float, bf16: float, int8: float, source: str) -> Hardware:
@@ -121,6 +125,7 @@ class Measured:
     bandwidth: float
     bf16: float
     int8: float
+    int4: float
     cores: int
 
 
@@ -162,7 +167,8 @@ def this_machine() -> Hardware:
 def as_hardware(measured: Measured) -> Hardware:
     """This machine with rates that were just measured."""
     source = f"measured on {measured.cores} cores"
-    return Hardware(THIS_MACHINE, "cpu", free_memory(), measured.bandwidth, measured.bf16, measured.int8, source)
+    rates = (measured.bandwidth, measured.bf16, measured.int8)
+    return Hardware(THIS_MACHINE, "cpu", free_memory(), *rates, source, measured.int4)
 
 
 def free_memory() -> int:

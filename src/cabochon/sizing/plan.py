@@ -70,7 +70,7 @@ class MemoryPlan:
         return "\n".join(
             (
                 f"model    {self.model}, {self.work.precision}: {weights} of weights",
-                f"cache    {self.pool_tokens:,} tokens: {self.most_users} users at {kilo(self.work.context)}",
+                f"cache    {self.pool_tokens:,} tokens: {self.most_users:,} users at {kilo(self.work.context)}",
                 f"memory   {self.verdict}",
                 f"speed    {at_most} ({self.hardware.name})",
                 f"advice   {self.advice}",
