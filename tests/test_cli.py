@@ -72,9 +72,30 @@ def test_models_are_listed(cabochon):
         assert word in listed.out
 
 
-def test_nothing_in_the_list_of_commands_is_cut(cabochon):
-    listed = cabochon("--help").out.partition("Commands:")[2]
-    assert "serve" in listed and "..." not in listed
+@pytest.mark.parametrize("words", [(), ("bench",)])
+def test_nothing_in_the_list_of_commands_is_cut(cabochon, words):
+    listed = cabochon(*words, "--help").out.partition("Commands:")[2]
+    assert len(listed.splitlines()) > 3 and "..." not in listed
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "cabochon", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("cabochon ") and done.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("words", [["models"], ["--version"]])
+def test_a_full_disk_is_told_in_one_sentence(words):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cabochon", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, "cabochon: The output can't be written (No space left on device).\n")
+
+
+def test_a_plan_that_cannot_be_drawn_is_not_printed_either(cabochon, tmp_path):
+    told = cabochon("plan", "E2B", "--plot", tmp_path / "no" / "plan.png")
+    assert (told.code, told.out) == (2, "") and "can't be written" in told.err
 
 
 def test_the_bundled_model_has_a_name(cabochon):
@@ -280,7 +301,12 @@ class Terminal:
         (["chat"], b"Hello \xc3(\n", "Standard input isn't UTF-8 text (byte 0xc3 at position 6)"),
         (["run"], b" \n", "There is no prompt"),
         (["run", "a", "b", "c"], b"", "run takes [MODEL] PROMPT, but 3 arguments came"),
-        (["run", "no-such-model", "Hi"], b"", "There is no model 'no-such-model'"),
+        (["run", "no-such-model", "Hi"], b"", "There is no model 'no-such-model'; see: cabochon models"),
+        (["run", "pebbel", "Hi"], b"", "There is no model 'pebbel'; did you mean pebble?"),
+        (["pull", "gemma4:e2x"], b"", "There is no model 'gemma4:e2x'; did you mean google/gemma-4-E2B-it?"),
+        (["eval", "--suite", "nowhere.jsonl"], b"", "nowhere.jsonl can't be read (No such file or directory)."),
+        (["bench", "cpu", "--batches", "1,x"], b"", "--batches is '1,x', but must be numbers from 1 to"),
+        (["bench", "cpu", "--prefill", "0"], b"", "--prefill is '0', but must be numbers from 1 to"),
         (["chat", "./nowhere"], b"", "There is no file or folder ./nowhere."),
         (["run", "Hi", "--tools", "nowhere.json"], b"", "nowhere.json can't be read (No such file or directory)."),
         (["run", "Hi", "--file", "nowhere.png"], b"", "There is no file nowhere.png."),
@@ -292,7 +318,7 @@ class Terminal:
         (["run", "Hi", "--max-model-len", "0"], b"", "--max-model-len is '0', but must be a number of tokens"),
         (["run", "Hi", "--max-model-len", "9k"], b"", "A context of 9,000 tokens is more than the model's 8,192"),
         (["run", "Hi", "--chat-template", "no.jinja"], b"", "no.jinja can't be read (No such file or directory)."),
-        (["create", "mine", "-f", "nowhere"], b"", "nowhere can't be read (No such file or directory)."),
+        (["create", "mine", "-f", "nowhere"], b"", "nowhere can't be read (No such file or directory); name the"),
         (["create", "pebble", "-f", "nowhere"], b"", "pebble is the name of another model already"),
         (["plan", "nowhere"], b"", "There is no model 'nowhere'"),
         (["plan", "--gpu", "toaster"], b"", "There is no data for the device 'toaster'"),

@@ -29,12 +29,11 @@ from cabochon.weights.checkpoint import open_checkpoint
 from support.media_files import wav
 from support.speaking import save_seeing
 
-CABOCHON = Path(sys.executable).parent / "cabochon"
 COST = {"int8": 5e-3, "int4": 0.5, "gguf:q8_0": 5e-3, "gguf:q4_0": 0.5, "ct:w4a16": 0.5, "ct:fp8": 0.05}
 
 
 def cabochon(*words):
-    command = [CABOCHON, *map(str, words)]
+    command = [sys.executable, "-m", "cabochon", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 

@@ -44,7 +44,7 @@ def home(tmp_path, monkeypatch):
 
 
 def cabochon(*words, **options):
-    command = [Path(sys.executable).parent / "cabochon", *map(str, words)]
+    command = [sys.executable, "-m", "cabochon", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL, **options)
 
 

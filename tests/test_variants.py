@@ -32,6 +32,8 @@ def test_names(name, repo):
         ("gemma-4-4b-it", "google/gemma-4-E4B-it"),
         ("google/gemma4-e2b-instruct", "google/gemma-4-E2B-it"),
         ("gemma-4-12b-pt", "google/gemma-4-12B"),
+        ("gemma4:e2x", "google/gemma-4-E2B-it"),
+        ("E4", "google/gemma-4-E4B-it"),
     ],
 )
 def test_near_misses_get_a_suggestion(name, meant):

@@ -5,6 +5,7 @@ Nothing here downloads unless `pull` is called: a model name in a script must no
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -101,8 +102,10 @@ def parse(name: str) -> tuple[str, str, str | None]:
 
 
 def _hint(name: str, otherwise: str) -> str:
-    """For a name of the family that isn't one of its repositories: the nearest one."""
+    """For a name that is near one of the family's repositories, `pebble` or what `create` made: that one."""
     name = name.partition("@")[0]
+    if near := difflib.get_close_matches(name, [BUNDLED.name, *modelfile.names()], 1, cutoff=0.8):
+        return f"did you mean {near[0]}?"
     of_the_family = "/" not in name or name.startswith(f"{variants.OWNER}/gemma-4-")
     nearest = variants.suggest(name) if of_the_family and variants.lookup(name) is None else None
     return f"did you mean {nearest}?" if nearest else otherwise

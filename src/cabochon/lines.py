@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ def read_text(path: Path, kind: str) -> str:
     """
     try:
         return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise InputError(f"The {kind} {path} can't be read ({error}).") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The {kind} {path} can't be read ({why}).") from None
 
 
 def objects(text: str, path: Path, known: Collection[str], shape: str) -> Iterator[tuple[str, dict[str, Any]]]:

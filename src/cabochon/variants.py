@@ -6,6 +6,7 @@ parameters, modalities, licence). Nothing here needs a download, so `random:E2B`
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -231,7 +232,8 @@ def suggest(name: str) -> str | None:
     wanted = name.strip().lower().removeprefix(f"{OWNER}/")
     found = re.search(r"(?<![a-z0-9])e?(\d{1,2})b", wanted)
     if found is None or not ("gemma" in wanted or wanted.startswith(found[0])):
-        return None
+        near = difflib.get_close_matches(wanted, _BY_NAME, 1, cutoff=0.8)
+        return _BY_NAME[near[0]].repo if near else None
     billions = {2: E2B, 4: E4B, 12: B12, 26: B26, 31: B31}
     size = billions[min(billions, key=lambda known: abs(known - int(found[1])))]
     role: Role = "assistant" if "assistant" in wanted else "base" if wanted.endswith(("-base", "-pt")) else "it"

@@ -5,6 +5,7 @@ Modules of this folder import torch, the engine and the Hub inside functions onl
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -38,6 +39,9 @@ app.add_typer(bench.app)
 app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 
+_OUTPUT_LOST = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"cabochon {__version__}")
@@ -58,13 +62,20 @@ def main() -> None:
     # Imports make half a million objects that stay; to look through them every 700 takes a tenth of the start.
     gc.set_threshold(10_000, 20, 50)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk is told in our words
     except CabochonError as error:
         print(f"cabochon: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; Python would complain once more when it flushes at exit.
+    except OSError as error:
+        if error.errno not in _OUTPUT_LOST:
+            raise
+        # Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # the reader of our output (`| head`) has gone: nobody wants to know
+            print(f"cabochon: {error.filename or 'The output'} can't be written ({error.strerror}).", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -155,7 +155,10 @@ def serve_sim(
     max_num_batched_tokens: Batched = 2048,
     kv_cache_dtype: Cache = "auto",
 ) -> None:
-    """Requests that arrive over time: time to the first token, time between tokens, and what gets through."""
+    """How requests that arrive over time are served.
+
+    Time to the first token, time between tokens, and what gets through.
+    """
     options = {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype}
     llm = _load(model, device, dtype, 2 * (input_len + output_len), max_num_seqs, options)
     engine = llm.front.engine

@@ -40,14 +40,11 @@ def pull(model: Name) -> None:
 
     It goes on where an earlier pull stopped.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    err = Console(stderr=True)
+    described = TextColumn("{task.description}")
+    columns = (described, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    hub.parse(model)  # a wrong name is told before there is a bar
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         bar = progress.add_task(model, total=None)
         path = hub.pull(model, lambda done, total: progress.update(bar, completed=done, total=total))
     print(path)
@@ -91,7 +88,8 @@ def show(
         "vocabulary": f"{text.vocab_size:,}",
         "context": f"{text.max_position_embeddings:,}",
         "reads": " ".join(reads),
-        "stored": f"{_gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files, {config.dtype}",
+        "stored": f"{_gigabytes(sum(path.stat().st_size for path in files))}, {config.dtype}",
+        "files": " ".join(path.name for path in files),
         "template": describe_template(folder),
     }
     for name, value in rows.items():

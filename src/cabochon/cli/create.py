@@ -24,9 +24,9 @@ def create(
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"The Modelfile {file} can't be read ({error.strerror}).") from None
+        raise InputError(f"{file} can't be read ({error.strerror}); name the Modelfile with --file.") from None
     except UnicodeDecodeError:
-        raise InputError(f"The Modelfile {file} isn't UTF-8 text; save it as UTF-8.") from None
+        raise InputError(f"{file} isn't UTF-8 text; save it as UTF-8.") from None
     recipe = modelfile.read_modelfile(text, file.parent)
     below = modelfile.made(recipe.base)
     if below is not None:

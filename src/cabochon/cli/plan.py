@@ -69,6 +69,7 @@ def plan(
     stored = own_format(asked) if isinstance(asked, ModelConfig) else None
     work = replace(work, kept=kept, quantization=stored or work.quantization)
     made = size(asked, device, work, available=available, name=name)
+    _write(made, asked, plot, to_html)
     others = _formats(asked, name, device, work, available) if compare else []
     if as_json:
         print(json.dumps([p.to_json() for p in others] if compare else made.to_json(), indent=2))
@@ -76,7 +77,6 @@ def plan(
         _print([comparison(others, f"{name} on {device.name}")])
     else:
         _print(list(tables(made)), f"{made.verdict}\nwhat would help most: {made.advice}\nrates: {device.source}")
-    _write(made, asked, plot, to_html)
 
 
 def _resolve(model: str) -> tuple[str, str | ModelConfig, frozenset[str]]:
