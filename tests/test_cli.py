@@ -46,7 +46,9 @@ def cabochon(monkeypatch, capsys):
 # Starting -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["models"], ["--version"], ["chat", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["models"], ["--version"], ["chat", "--help"], ["plan", "26B-A4B", "--gpu", "h200"]]
+)
 def test_it_answers_at_once_and_without_torch(words):
     script = (
         "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
