@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from cabochon import ops
 from cabochon.config import ModelConfig, read_config
 from cabochon.engine.options import EngineOptions, context_that_fits, plan_cache
 from cabochon.kv.layout import KVPlan, bytes_read, kv_groups, plan_pages, request_pages, row_geometry, token_bytes
 from cabochon.kv.pool import PageStore
 from cabochon.llm import LLM
 from cabochon.llm.loading import Loaded
+from cabochon.model import fused
 from cabochon.model.gemma4 import Gemma4
 from cabochon.variants import find
+from support import coded_attention
 from support.reference import oracle_logits
 from support.toys import SIZES, WINDOW, calm_, random_ids, toy_config, toy_model
 
@@ -167,6 +170,25 @@ def test_eight_bit_caches_cost_little(size):
     print(f"{size}: mean KL of the fp8 cache {kl['fp8']:.1e}, of the int8 cache {kl['int8']:.1e}")
     assert 1e-12 < kl["int8"] < 1e-4
     assert 1e-12 < kl["fp8"] < 5e-4
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_queries_and_weights_in_8_bits_cost_as_much_as_the_cache_at_most(size, monkeypatch):
+    """What the CPU kernels round beside the cache, at the real width of heads; everything else is in float32."""
+    monkeypatch.setattr(fused, "fused", lambda layer, x: None)
+    model = toy_model(size, global_head_dim=512)
+    options = {"num_blocks": (64, 64), "max_num_batched_tokens": 64, "block_size": 8}
+    kl = {"cache": 0.0, "all": 0.0}
+    for seed in range(2):
+        ids = random_ids(250, seed=seed)
+        exact = logits(model, ids, **options).log_softmax(-1)
+        for kind, attend in {"cache": ops.attend, "all": coded_attention.attend}.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "attend", attend)
+                rounded = logits(model, ids, kv_cache_dtype="int8", **options).log_softmax(-1)
+            kl[kind] += float((exact.exp() * (exact - rounded)).sum(-1).mean()) / 2
+    print(f"{size}: mean KL of the int8 cache {kl['cache']:.1e}, with queries and weights rounded {kl['all']:.1e}")
+    assert kl["cache"] < kl["all"] < 2 * kl["cache"]
 
 
 def test_plans_print():

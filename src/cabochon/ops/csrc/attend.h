@@ -6,14 +6,15 @@
 // thread walked all blocks or several shared them.
 //
 // Keys in pages of 8 bits are multiplied in integers where the CPU can, in blocks of 64 that lie whole in pages: codes as they
-// are, queries and weights rounded to 16 bits, which is finer than bfloat16. Other rows of such pages are widened first.
+// are, queries and weights rounded to 8 bits (docs/numerics.md has the definition). Other rows of such pages are widened first.
 #pragma once
 
 #include "attend_tiles.h"
 
 namespace {
 
-constexpr long TILE = 48, CODED = 64;
+constexpr long TILE = 48;
+constexpr long CODED = 64, BLOCKS = KEYS / CODED;  // keys in codes whose weights are rounded together
 constexpr long SINGLE = 16, CHUNKS = 4;    // so many blocks are a chunk each, later ones so many chunks: by then there are enough
 constexpr size_t SHARED_BYTES = 32 << 20;  // of blocks' results while threads share them out
 constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are scored, or left out, together
@@ -61,6 +62,11 @@ struct Found {
     long first, last, begin, coded, end;
 };
 
+// The part of a key whose codes share a scale: numbers [begin, end) of the head.
+struct KeyPart {
+    long begin, end;
+};
+
 template <class T>
 struct Attention {
     static constexpr Words OWN = WORDS<T>;
@@ -68,14 +74,16 @@ struct Attention {
     const Attend& op;
     long group;  // query heads per KV head
     long lanes;  // head width, filled up to whole columns and registers
-    bool whole;  // are the keys and the values of a row of 8-bit pages under one scale each?
+    long cut;          // where the second scale of a key in pages of 8 bits begins
+    KeyPart parts[2];  // of such a key
+    bool whole;     // are these multiplied as they lie?
     struct Unit {
         int32_t request, kv_head, first, count, low, high;  // query rows (tokens), keys [low, high)
     };
 
     struct Buffers {
         uint32_t *queries, *weights, *coded_queries, *coded_weights;
-        float *scores, *query_units, *weight_units;  // the latter: what an integer of a row's query or weights is worth
+        float *scores[2], *weight_units;  // by either part of keys; what an integer of a row's weights is worth, block by block
         State block;
         Wide* copies;  // of keys, or of a column of values, that don't lie as they are read
         char* nothing;  // a row of zeros
@@ -83,42 +91,51 @@ struct Attention {
 
     explicit Attention(const Attend& op)
         : op(op), group(op.heads / op.kv_heads), lanes((op.head + FULL - 1) / FULL * FULL),
-          whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && in_one_part(op.key_offset) && in_one_part(op.value_offset)) {}
+          cut(least(most(op.split - op.key_offset, 0), op.head)), parts{{0, cut}, {cut, op.head}},
+          whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && cut % FULL == 0 &&
+                (op.split <= op.value_offset || op.split >= op.value_offset + op.head)) {}
 
-    bool in_one_part(long offset) const { return op.split <= offset || op.split >= offset + op.head; }
     template <Words W>
     long inner() const {
         return lanes / PER_WORD<W>;
     }
-    long code_words() const { return LANES + 2 * inner<QUADS_OF_BYTES>(); }
+    long code_words() const { return inner<QUADS_OF_BYTES>() + 4 * LANES; }
 
     // Where the keys [from, from + KEYS) of a unit lie, up to `until`: in the pages or among the step's rows.
     void find(const Unit& u, long from, long until, const Buffers& b, Found& found) const {
-        static const float no_scales[2] = {0, 0};
-        const long context = op.context[u.request], low = most(from, u.low);
-        const int32_t* page = nullptr;
-        long slot = 0;
-        if (low < least(context, until)) {
-            const long past = low - op.first[u.request];
-            page = op.table + u.request * op.table_width + past / op.slots, slot = past % op.slots;
-        }
+        const long low = most(from, u.low), past = op.context[u.request] - from;
         found.first = low - from, found.last = most(least(KEYS, until - from), found.first);
         found.begin = found.first / EDGE * EDGE, found.end = (found.last + EDGE - 1) / EDGE * EDGE;
-        const long past = context - from;
         found.coded = !whole ? 0 : past >= found.last ? found.end : most(past, 0) / CODED * CODED;
-        for (long j = found.begin; j < found.end; ++j) {
-            found.row[j] = b.nothing;
-            found.scale[j] = j < found.coded ? no_scales : nullptr;
-            if (j < found.first || j >= found.last) continue;
-            if (j >= past) {
-                const long row = op.start[u.request] + j - past;
-                found.row[j] = static_cast<const char*>(op.step) + (row * op.kv_heads + u.kv_head) * op.width * sizeof(T);
-                continue;
+        const long first_own = least(most(past, found.first), found.last);
+        find_nothing(found.begin, found.first, b, found);
+        if (found.first < first_own) find_stored(u, low - op.first[u.request], found.first, first_own, found);
+        for (long j = first_own; j < found.last; ++j) {
+            const long row = (op.start[u.request] + j - past) * op.kv_heads + u.kv_head;
+            found.row[j] = static_cast<const char*>(op.step) + row * op.width * sizeof(T), found.scale[j] = nullptr;
+        }
+        find_nothing(found.last, found.end, b, found);
+    }
+
+    void find_nothing(long begin, long end, const Buffers& b, Found& found) const {
+        static const float no_scales[2] = {0, 0};
+        for (long j = begin; j < end; ++j) found.row[j] = b.nothing, found.scale[j] = j < found.coded ? no_scales : nullptr;
+    }
+
+    // Rows [begin, end) from the place `at` on in a request's pages.
+    void find_stored(const Unit& u, long at, long begin, long end, Found& found) const {
+        const int32_t* page = op.table + u.request * op.table_width + at / op.slots;
+        const long bytes = op.kv_heads * op.width * stored();
+        for (long slot = at % op.slots; begin < end; slot = 0) {
+            const long count = least(op.slots - slot, end - begin), row = (*page++ * op.slots + slot) * op.kv_heads + u.kv_head;
+            const char* lies = static_cast<const char*>(op.pages) + row * op.width * stored();
+            const float* scales = op.scales ? op.scales + row * 2 : nullptr;
+            for (long i = 0; i < count; ++i) {
+                found.row[begin + i] = lies + i * bytes;
+                found.scale[begin + i] = scales ? scales + i * op.kv_heads * 2 : nullptr;
+                if (scales) __builtin_prefetch(found.scale[begin + i]);
             }
-            const long row = (*page * op.slots + slot) * op.kv_heads + u.kv_head;
-            found.row[j] = static_cast<const char*>(op.pages) + row * op.width * stored();
-            if (op.scales) found.scale[j] = op.scales + row * 2;
-            if (++slot == op.slots) slot = 0, ++page;
+            begin += count;
         }
     }
     long stored() const { return op.scales ? 1 : sizeof(T); }  // bytes of a number in the pages
@@ -161,61 +178,67 @@ struct Attention {
             const T* q = static_cast<const T*>(op.q) + (token * op.heads + head) * op.head;
             auto* to = reinterpret_cast<Wide*>(b.queries + r * inner<OWN>());
             for (long i = 0; i < lanes; i += LANES) put(to + i, i < op.head ? get(q + i, op.head - i) : zero());
-            if (whole) b.query_units[r] = round_query(q, b.coded_queries + r * code_words());
+            uint32_t* codes = b.coded_queries + r * code_words();
+            for (long i = 0; whole && i < 2; ++i)
+                round_query(q, parts[i], reinterpret_cast<int8_t*>(codes), codes + inner<QUADS_OF_BYTES>() + i * 2 * LANES);
         }
     }
 
-    // Into two bytes each; sums over all of a head stay below 2^31. Returns what an integer is worth; no number if any of `q`
-    // is none.
-    float round_query(const T* q, uint32_t* to) const {
-        const float limit = least(127 * 256 + 127, 0x7fffffff / (127 * lanes));
-        F16 top = zero(), odd = zero();
-        for (long i = 0; i < lanes; i += LANES) {
-            const F16 v = get(q + i);
-            top = larger(larger(v, 0.0f - v), top), odd = odd + (v - v);
+    // A part of a query to codes, and what `Queries` says of them to `begin`. The scales are no numbers if any of `q` is none.
+    void round_query(const T* q, const KeyPart& part, int8_t* codes, uint32_t* begin) const {
+        F16 odd = zero();
+        I16 sums = splat(0);
+        alignas(64) float scales[FULL];
+        F16 inverse[FULL / LANES];
+        for (long v = 0; v < FULL / LANES; ++v) {
+            F16 top = splat(1e-30f);
+            for (long i = part.begin + v * LANES; i < part.end; i += FULL) {
+                const F16 some = get(q + i);
+                top = larger(larger(some, 0.0f - some), top), odd = odd + (some - some);
+            }
+            top = largest_of_fours(top);
+            inverse[v] = 127.0f / top;
+            put(scales + v * LANES, top * (1.0f / 127));
         }
-        const float largest = maximum(top), inverse = largest > 0 ? limit / largest : 0;
-        auto *high = reinterpret_cast<int8_t*>(to), *low = high + lanes + LANES * 4;
-        I16 all = splat(0);
-        for (long i = 0; i < lanes; i += LANES) {
-            const I16 v = rounded(get(q + i) * inverse), lower = v << 24 >> 24;
-            put_bytes(high + i, (v - lower) >> 8);
-            put_bytes(low + i, lower);
-            all = all + v;
+        for (long i = part.begin; i < part.end; i += LANES) put_bytes(codes + i, rounded(get(q + i) * inverse[i % FULL / LANES]));
+        for (long i = part.begin; i < part.end; i += FULL) sums = multiply_bytes(sums, U16::of(0x80808080u), load<U16>(codes + i));
+        store(begin, 0 - sums);
+        for (long i = 0; i < LANES; ++i) {
+            const float scale = scales[4 * i] + sum(odd);
+            memcpy(begin + LANES + i, &scale, sizeof scale);
         }
-        to += inner<QUADS_OF_BYTES>();
-        store(to, splat(0));
-        *to = -128u * uint32_t(sum(all));
-        return largest / limit + sum(odd);
     }
 
     // What the scores of a chunk's keys and the weights of its values are multiplied with where those are codes.
     struct Scales {
-        alignas(64) float key[KEYS], value[KEYS];
+        alignas(64) float key[2][KEYS], value[KEYS];
     };
 
     void gather_scales(const Found& found, Scales& scales) const {
-        const long key = op.key_offset >= op.split, value = op.value_offset >= op.split;
-        for (long j = found.begin; j < found.coded; ++j)
-            scales.key[j] = found.scale[j][key], scales.value[j] = found.scale[j][value];
+        const long value = op.value_offset >= op.split;
+        for (long j = found.begin; j < found.coded; ++j) {
+            scales.key[0][j] = found.scale[j][0], scales.key[1][j] = found.scale[j][1];
+            scales.value[j] = found.scale[j][value];
+        }
     }
 
-    // Scores to weights of one chunk for one row; what came before in the block then counts for less.
-    void weigh(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b, long r) const {
-        float* v = b.scores + r * KEYS;
+    // Scores to weights of one chunk for one of `rows`; what came before in the block then counts for less.
+    void weigh(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b, long rows, long r) const {
+        float* v = b.scores[0] + r * KEYS;
         uint32_t* weights = b.weights + r * KEYS / PER_WORD<OWN>;
-        auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 2);
+        auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 4);
+        float* units = b.weight_units + r;
         const long row = u.first + r / group, low = most(first_key(row) - from, found.first), high = least(last_key(row) - from, found.last - 1);
         if (high < low) {
-            b.weight_units[r] = 0;
-            memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, 2 * KEYS);
+            units[0] = units[rows] = 0;
+            memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, KEYS);
             return;
         }
         const long begin = found.begin / LANES * LANES;
-        F16 best = splat(s.top[r]), total = zero(), heaviest = zero();
+        F16 best = splat(s.top[r]), total = zero();
         for (long i = begin; i < found.end; i += LANES) {
             F16 score = get(v + i);
-            if (i < found.coded) score = score * (b.query_units[r] * get(scales.key + i));
+            if (i < found.coded) score = score_of_parts(score, scales, b, r, i);
             if (low > i || high < i + LANES - 1) {
                 static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
                 const I16 at = load<I16>(counted) + int32_t(i);
@@ -226,13 +249,13 @@ struct Attention {
         }
         const float top = maximum(best);
         s.lower(r, top, lanes);
-        for (long i = begin; i < found.end; i += LANES) {
-            F16 weight = exponential(get(v + i) - top);
-            if (i < found.coded) {
-                const F16 scaled = weight * get(scales.value + i);
-                heaviest = larger(scaled, heaviest);
-                put(v + i, scaled);
-            } else if constexpr (OWN == PAIRS_OF_BF16) {
+        for (long i = begin, end; i < found.coded; i = end) {
+            end = least(i / CODED * CODED + CODED, found.coded);
+            units[i / CODED * rows] = weigh_codes(v, scales.value, top, i, end, total, codes);
+        }
+        for (long i = most(begin, found.coded); i < found.end; i += LANES) {
+            F16 weight = decaying(get(v + i) - top);
+            if constexpr (OWN == PAIRS_OF_BF16) {
                 const U16 narrow_weight = narrow(weight);
                 weight = widen(narrow_weight);
                 put_shorts(weights + i / 2, narrow_weight);
@@ -242,31 +265,40 @@ struct Attention {
             total = total + weight;
         }
         s.weight[r] += sum(total);
-        if (begin < found.coded) b.weight_units[r] = round_weights(v, begin, found.coded, maximum(heaviest), codes);
     }
 
-    // Into two bytes each, of which the lower one has no sign. Returns what an integer is worth.
-    float round_weights(const float* v, long begin, long end, float largest, int8_t* to) const {
-        const float inverse = largest > 0 ? 65535.0f / largest : 0;
+    // Sums of codes to scores.
+    F16 score_of_parts(F16 first, const Scales& scales, const Buffers& b, long r, long i) const {
+        if (cut == 0) return first * get(scales.key[1] + i);
+        first = first * get(scales.key[0] + i);
+        return cut == op.head ? first : fma(get(b.scores[1] + r * KEYS + i), get(scales.key[1] + i), first);
+    }
+
+    // Weights of a block of codes, times these's scales, as bytes without a sign. Returns what an integer is worth.
+    float weigh_codes(const float* v, const float* scales, float top, long begin, long end, F16& total, int8_t* codes) const {
+        F16 weights[CODED / LANES], heaviest = zero();
         for (long i = begin; i < end; i += LANES) {
-            const I16 code = rounded(get(v + i) * inverse);
-            put_bytes(to + i, code >> 8);
-            put_bytes(to + KEYS + i, code);
+            const F16 weight = decaying(get(v + i) - top);
+            total = total + weight;
+            weights[(i - begin) / LANES] = weight * get(scales + i);
+            heaviest = larger(weights[(i - begin) / LANES], heaviest);
         }
-        return largest / 65535.0f;
+        const float largest = maximum(heaviest), inverse = largest > 0 ? 255.0f / largest : 0;
+        for (long i = begin; i < end; i += LANES) put_bytes(codes + i, rounded(weights[(i - begin) / LANES] * inverse));
+        return largest / 255.0f;
     }
 
     Buffers buffers() const {
         const long rows = rows_at_once(), wide = most(EDGE * lanes, KEYS * COLUMN);
-        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 2 + KEYS + 2) +
+        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 4 + 2 * KEYS + BLOCKS) +
                              State::floats(rows, lanes) + wide * sizeof(Wide) / 4 + op.width * sizeof(T) / 4 + 10 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
         const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
         b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
-        b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 2);
-        b.scores = floats(rows * KEYS), b.query_units = floats(rows), b.weight_units = floats(rows);
+        b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 4);
+        b.scores[0] = floats(rows * KEYS), b.scores[1] = floats(rows * KEYS), b.weight_units = floats(rows * BLOCKS);
         b.block = State::in(floats(State::floats(rows, lanes)), rows, lanes);
         b.copies = reinterpret_cast<Wide*>(take(wide * sizeof(Wide) / 4));
         b.nothing = reinterpret_cast<char*>(at);
@@ -278,26 +310,38 @@ struct Attention {
     long rows_at_once() const { return tokens_at_once() * group; }
 
     // Scores of the keys [begin, end) of a chunk.
-    template <Words W>
     void score_keys(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
-        const Queries queries = W == QUADS_OF_BYTES ? Queries{b.coded_queries, code_words()} : Queries{b.queries, inner<OWN>()};
+        const Queries queries = {b.queries, nullptr, inner<OWN>()};
         for (long k = begin; k < end; k += EDGE) {
-            const Number<W>* key[EDGE];
+            const Wide* key[EDGE];
             for (long j = 0; j < EDGE; ++j) {
                 const char* row = found.row[k + j];
-                key[j] = reinterpret_cast<const Number<W>*>(row) + op.key_offset;
-                if constexpr (W == OWN)
-                    if (!lies_ready<W>(found.scale[k + j]))
-                        key[j] = copy(row, found.scale[k + j], op.key_offset, op.key_offset + op.head, b.copies + j * lanes, lanes);
+                key[j] = reinterpret_cast<const Wide*>(row) + op.key_offset;
+                if (!lies_ready<OWN>(found.scale[k + j]))
+                    key[j] = copy(row, found.scale[k + j], op.key_offset, op.key_offset + op.head, b.copies + j * lanes, lanes);
             }
-            score_rows<W>(rows, queries, key, 0, EDGE, inner<W>(), b.scores + k, ahead);
+            score_rows<OWN>(rows, queries, key, 0, EDGE, inner<OWN>(), b.scores[0] + k, ahead);
+        }
+    }
+
+    // The same of keys in codes, by parts.
+    void score_codes(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
+        const uint32_t* after = b.coded_queries + inner<QUADS_OF_BYTES>();
+        for (long i = cut == 0; i < (cut < op.head ? 2 : 1); ++i) {
+            const KeyPart& part = parts[i];
+            const Queries queries = {b.coded_queries + part.begin / 4, after + i * 2 * LANES, code_words()};
+            const int8_t* key[KEYS];
+            for (long k = begin; k < end; ++k) key[k] = reinterpret_cast<const int8_t*>(found.row[k]) + op.key_offset + part.begin;
+            float* to = b.scores[i && cut > 0];
+            for (long k = begin; k < end; k += EDGE)
+                score_rows<QUADS_OF_BYTES>(rows, queries, key + k, 0, EDGE, (part.end - part.begin) / 4, to + k, ahead);
         }
     }
 
     // Weighted values of the keys [begin, end), to or onto a chunk's result.
     template <Words W>
     void mix_values(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
-        const Weights weights = {W == QUADS_OF_BYTES ? b.coded_weights : b.weights, b.weight_units};
+        const Weights weights = {W == QUADS_OF_BYTES ? b.coded_weights : b.weights, b.weight_units + begin / CODED * rows};
         const Number<W>* value[KEYS];
         bool ready = true;
         for (long j = begin; j < end; ++j) {
@@ -316,17 +360,20 @@ struct Attention {
     // A chunk of keys to or onto `s`, while the rows of the next one are asked for.
     void walk_chunk(const Unit& u, long chunk, bool onto, const Found& found, const Found& next, const State& s, const Buffers& b) const {
         const long rows = u.count * group, begin = found.begin, coded = most(found.coded, begin), end = found.end;
-        const long steps = most(rows * (end - begin) * lanes / 256, 1);  // of 16 products, where the CPU has the widest
+        const long steps = most(rows * (2 * (end - begin) - (coded - begin)) * lanes / 512, 1);  // of 16 products, the widest there are
         Scales scales = {};
         Ahead ahead;
         look_ahead(next, steps, ahead);
-        if constexpr (BYTES) score_keys<QUADS_OF_BYTES>(rows, found, begin, coded, b, ahead);
-        score_keys<OWN>(rows, found, coded, end, b, ahead);
+        if constexpr (BYTES) score_codes(rows, found, begin, coded, b, ahead);
+        score_keys(rows, found, coded, end, b, ahead);
         gather_scales(found, scales);
         if (!onto) s.forget(rows);
-        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, r);
-        if (BYTES && begin < coded) mix_values<QUADS_OF_BYTES>(rows, found, begin, coded, onto, s, b, ahead);
-        if (coded < end) mix_values<OWN>(rows, found, coded, end, onto || begin < coded, s, b, ahead);
+        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, rows, r);
+        for (long k = begin, until; BYTES && k < coded; k = until, onto = true) {
+            until = least(k / CODED * CODED + CODED, coded);
+            mix_values<QUADS_OF_BYTES>(rows, found, k, until, onto, s, b, ahead);
+        }
+        if (coded < end) mix_values<OWN>(rows, found, coded, end, onto, s, b, ahead);
     }
 
     // Blocks of keys by their number. Those of a window are a chunk each: there are few.

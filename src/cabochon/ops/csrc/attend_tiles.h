@@ -4,7 +4,8 @@
 // adds them. So keys are read where they lie, and a score is the same number however many keys and queries are at hand.
 // Values are summed over keys; what neighbouring keys have of a column is laid side by side in registers.
 //
-// Codes of 8 bits are multiplied in integers, exact in any order, by numbers of 16 bits that are cut into two bytes.
+// Codes of 8 bits are multiplied in integers, exact in any order, by queries and weights of 8 bits. A query has a scale for each
+// lane, that is for every four numbers in 64: these cost one product per score.
 #pragma once
 
 #include "words.h"
@@ -35,14 +36,12 @@ template <class T>
 constexpr Words WORDS = PAIRS<T> ? PAIRS_OF_BF16 : FLOATS;
 template <Words W>
 constexpr long PER_WORD = 4 / sizeof(Number<W>);
-template <Words W>
-constexpr int PLANES = W == QUADS_OF_BYTES ? 2 : 1;  // upper and lower bytes of what codes are multiplied by
 
 constexpr long KEYS = 128;          // of a chunk
 constexpr long COLUMN = 2 * LANES;  // numbers of a value that are summed together
 #if CABOCHON_AVX512
 constexpr bool BYTES = true;  // are there products of bytes?
-constexpr int ABREAST = 4, SCORED = 4, MIXED = 8;  // keys and queries of a tile of scores; planes of a tile of values
+constexpr int ABREAST = 4, SCORED = 4, MIXED = 8;  // keys and queries of a tile of scores; rows of a tile of values
 #elif CABOCHON_AVX2
 constexpr bool BYTES = false;
 constexpr int ABREAST = 4, SCORED = 1, MIXED = 2;
@@ -91,8 +90,32 @@ INLINE I16 multiply_bytes(I16 sums, U16 natural, U16 integer) {
     return sums;
 }
 
-INLINE F16 as_floats(F16 v) { return v; }
-INLINE F16 as_floats(I16 v) { return to_float(v); }
+// e^x for x <= 0, to 3e-7 of its value: 2^n 2^r for the whole number n below, and 2^r by a polynomial that is 1 at 0.
+INLINE F16 decaying(F16 x) {
+#if CABOCHON_AVX512
+    const F16 v = x * 1.44269504f;
+    F16 r, p;
+    r.part[0] = (F16::Part)_mm512_reduce_ps((__m512)v.part[0], 1);
+    p = fma(splat(0.00186713011f), r, splat(0.00901703022f));
+    p = fma(p, r, splat(0.0557999132f));
+    p = fma(p, r, splat(0.24016445f));
+    p = fma(p, r, splat(0.693151312f));
+    p = fma(p, r, splat(1.0f));
+    p.part[0] = (F16::Part)_mm512_scalef_ps((__m512)p.part[0], (__m512)v.part[0]);
+    return p;
+#else
+    return exponential(x);
+#endif
+}
+
+// The largest of every four neighbours, in all of their lanes.
+INLINE F16 largest_of_fours(F16 v) {
+#if CABOCHON_AVX512
+    v.part[0] = (F16::Part)_mm512_max_ps((__m512)v.part[0], _mm512_permute_ps((__m512)v.part[0], 0xb1));
+    v.part[0] = (F16::Part)_mm512_max_ps((__m512)v.part[0], _mm512_permute_ps((__m512)v.part[0], 0x4e));
+#endif
+    return v;
+}
 
 #if CABOCHON_AVX512
 // Two quarters of `a` and two of `b`; in each quarter, two lanes of `a` and two of `b`.
@@ -113,29 +136,27 @@ INLINE Lanes<E> blend(Lanes<E> a, Lanes<E> b) {
     return a;
 }
 // The halves of `a` added up, then those of `b`; of each quarter, the same. (A blend is cheaper than a second shuffle.)
-template <class S>
-INLINE S add_halves(S a, S b) {
+INLINE F16 add_halves(F16 a, F16 b) {
     return blend<0xff00>(a, b) + quarters<0x4e>(a, b);
 }
-template <class S>
-INLINE S add_halves_of_quarters(S a, S b) {
+INLINE F16 add_halves_of_quarters(F16 a, F16 b) {
     return blend<0xcccc>(a, b) + in_quarters<0x4e>(a, b);
 }
 #endif
 
 // to[j * KEYS + i] = sum(v[i][j])
-template <int R, class S>
-INLINE void put_sums(const S (&v)[ABREAST][R], float* to) {
+template <int R>
+INLINE void put_sums(const F16 (&v)[ABREAST][R], float* to) {
 #if CABOCHON_AVX512
-    S by_key[ABREAST];  // a quarter of each v[i][0] .. v[i][3]; where there are fewer, of the first once more
+    F16 by_key[ABREAST];  // a quarter of each v[i][0] .. v[i][3]; where there are fewer, of the first once more
 #pragma GCC unroll 8
     for (int i = 0; i < ABREAST; ++i) {
-        const S a = v[i][0], b = v[i][1 % R], c = v[i][R > 2 ? 2 : 0], d = v[i][R > 3 ? 3 : 1 % R];
-        const S ab = add_halves(a, b), cd = add_halves(c, d);
+        const F16 a = v[i][0], b = v[i][1 % R], c = v[i][R > 2 ? 2 : 0], d = v[i][R > 3 ? 3 : 1 % R];
+        const F16 ab = add_halves(a, b), cd = add_halves(c, d);
         by_key[i] = quarters<0x88>(ab, cd) + quarters<0xdd>(ab, cd);
     }
-    const S low = add_halves_of_quarters(by_key[0], by_key[1]), high = add_halves_of_quarters(by_key[2], by_key[3]);
-    const auto all = (__m512)as_floats(in_quarters<0x88>(low, high) + in_quarters<0xdd>(low, high)).part[0];
+    const F16 low = add_halves_of_quarters(by_key[0], by_key[1]), high = add_halves_of_quarters(by_key[2], by_key[3]);
+    const auto all = (__m512)(in_quarters<0x88>(low, high) + in_quarters<0xdd>(low, high)).part[0];
     _mm_storeu_ps(to, _mm512_castps512_ps128(all));
     if constexpr (R > 1) _mm_storeu_ps(to + KEYS, _mm512_extractf32x4_ps(all, 1));
     if constexpr (R > 2) _mm_storeu_ps(to + 2 * KEYS, _mm512_extractf32x4_ps(all, 2));
@@ -144,20 +165,30 @@ INLINE void put_sums(const S (&v)[ABREAST][R], float* to) {
 #pragma GCC unroll 8
     for (int i = 0; i < ABREAST; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < R; ++j) to[j * KEYS + i] = sum(as_floats(v[i][j]));
+        for (int j = 0; j < R; ++j) to[j * KEYS + i] = sum(v[i][j]);
 #endif
 }
 
-// Queries as words along the head's width. What codes are multiplied by comes as upper bytes, then sixteen words that make up
-// for codes being taken 128 larger than they are, then lower bytes (both with a sign).
+// Queries as words along the head's width. What codes are multiplied by has sixteen sums to begin with, which make up for
+// codes being taken 128 larger than they are, and after them sixteen scales.
 struct Queries {
-    const uint32_t* words;
+    const uint32_t *words, *begin;
     long stride;
+
+    Queries from(long row) const { return {words + row * stride, begin + row * stride, stride}; }
 };
 
-// sums[key][query] += key . query, a plane of it.
-template <Words W, int R, class S>
-INLINE void add_products(const uint32_t* words, long stride, const Number<W>* const* key, long inner, S (&sums)[ABREAST][R], Ahead& ahead) {
+// Scores of R queries over ABREAST keys, to out[query * KEYS + key].
+template <Words W, int R>
+void score(const Queries& q, const Number<W>* const* key, long inner, float* out, Ahead& ahead) {
+    typename In<W>::Sums sums[ABREAST][R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < ABREAST; ++i) {
+            sums[i][r] = {};
+            if constexpr (W == QUADS_OF_BYTES) sums[i][r] = load<I16>(q.begin + r * q.stride);
+        }
     for (long at = 0; at < inner; at += LANES) {
         ahead();
         U16 k[ABREAST];
@@ -168,7 +199,7 @@ INLINE void add_products(const uint32_t* words, long stride, const Number<W>* co
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const U16 left = load<U16>(words + r * stride + at);
+            const U16 left = load<U16>(q.words + r * q.stride + at);
 #pragma GCC unroll 8
             for (int i = 0; i < ABREAST; ++i) {
                 if constexpr (W == QUADS_OF_BYTES)
@@ -178,28 +209,16 @@ INLINE void add_products(const uint32_t* words, long stride, const Number<W>* co
             }
         }
     }
-}
-
-// Scores of R queries over ABREAST keys, to out[query * KEYS + key].
-template <Words W, int R>
-void score(const Queries& q, const Number<W>* const* key, long inner, float* out, Ahead& ahead) {
-    typename In<W>::Sums sums[ABREAST][R];
-#pragma GCC unroll 8
-    for (int i = 0; i < ABREAST; ++i)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[i][r] = {};
-    add_products<W, R>(q.words, q.stride, key, inner, sums, ahead);
     if constexpr (W == QUADS_OF_BYTES) {
-        const uint32_t* lower = q.words + inner;
+        F16 scaled[ABREAST][R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const I16 begin = load<I16>(lower + r * q.stride);
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-            for (int i = 0; i < ABREAST; ++i) sums[i][r] = (sums[i][r] << 8) + begin;
-        }
-        add_products<W, R>(lower + LANES, q.stride, key, inner, sums, ahead);
+            for (int i = 0; i < ABREAST; ++i) scaled[i][r] = to_float(sums[i][r]) * load<F16>(q.begin + r * q.stride + LANES);
+        put_sums(scaled, out);
+    } else {
+        put_sums(sums, out);
     }
-    put_sums(sums, out);
 }
 
 // The scores of all rows over the keys [first, last), both multiples of ABREAST.
@@ -211,17 +230,17 @@ void score_rows(long rows, const Queries& q, const Number<W>* const* key, long f
     }
     for (long r = 0; r + R <= rows; r += R)
         for (long k = first; k < last; k += ABREAST)
-            score<W, R>({q.words + r * q.stride, q.stride}, key + k, inner, out + r * KEYS + k, ahead);
+            score<W, R>(q.from(r), key + k, inner, out + r * KEYS + k, ahead);
     if constexpr (R > 1) {
         const long done = rows / R * R;
         if (done < rows)
-            score_rows<W, R - 1>(rows - done, {q.words + done * q.stride, q.stride}, key, first, last, inner, out + done * KEYS, ahead);
+            score_rows<W, R - 1>(rows - done, q.from(done), key, first, last, inner, out + done * KEYS, ahead);
     }
 }
 
 // Weights of a chunk's values; an integer among those of a row is worth `unit`.
 struct Weights {
-    const uint32_t* words;  // [rows, PLANES, KEYS / PER_WORD]
+    const uint32_t* words;  // [rows, KEYS / PER_WORD]
     const float* unit;
 };
 
@@ -266,50 +285,46 @@ template <Words W, int R>
 void mix(const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out, long stride, bool onto,
          Ahead& ahead) {
     constexpr long words = KEYS / PER_WORD<W>;
-    typename In<W>::Sums sums[R][2], lower[R][2];
+    typename In<W>::Sums sums[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = 0; c < 2; ++c) sums[r][c] = lower[r][c] = {};
+        for (int c = 0; c < 2; ++c) sums[r][c] = {};
     for (long k = first; k < last; ++k) {
         U16 right[2];
         side_by_side<W>(value + k * PER_WORD<W>, column, right);
         ahead();
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const uint32_t* left = w.words + r * PLANES<W> * words + k;
+            const uint32_t left = w.words[r * words + k];
 #pragma GCC unroll 8
             for (int c = 0; c < 2; ++c) {
-                if constexpr (W == QUADS_OF_BYTES) {
-                    sums[r][c] = multiply_bytes(sums[r][c], U16::of(left[0]), right[c]);
-                    lower[r][c] = multiply_bytes(lower[r][c], U16::of(left[words]), right[c]);
-                } else {
-                    sums[r][c] = multiply_words(sums[r][c], U16::of(left[0]), right[c], W == PAIRS_OF_BF16);
-                }
+                if constexpr (W == QUADS_OF_BYTES)
+                    sums[r][c] = multiply_bytes(sums[r][c], U16::of(left), right[c]);
+                else
+                    sums[r][c] = multiply_words(sums[r][c], U16::of(left), right[c], W == PAIRS_OF_BF16);
             }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-        if constexpr (W == QUADS_OF_BYTES)
-#pragma GCC unroll 8
-            for (int c = 0; c < 2; ++c) sums[r][c] = (sums[r][c] << 8) + lower[r][c];
         in_order<W>(sums[r]);
 #pragma GCC unroll 8
         for (int c = 0; c < 2; ++c) {
             float* to = out + r * stride + c * LANES;
-            F16 sum = as_floats(sums[r][c]);
-            if constexpr (W == QUADS_OF_BYTES) sum = sum * w.unit[r];
-            put(to, onto ? get(to) + sum : sum);
+            if constexpr (W == QUADS_OF_BYTES)
+                put(to, fma(to_float(sums[r][c]), splat(w.unit[r]), onto ? get(to) : zero()));
+            else
+                put(to, onto ? get(to) + sums[r][c] : sums[r][c]);
         }
     }
 }
 
 // All rows over one column.
-template <Words W, int R = MIXED / PLANES<W>>
+template <Words W, int R = MIXED>
 void mix_rows(long rows, const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out,
               long stride, bool onto, Ahead& ahead) {
-    const auto from = [&](long row) { return Weights{w.words + row * PLANES<W> * KEYS / PER_WORD<W>, w.unit + row}; };
+    const auto from = [&](long row) { return Weights{w.words + row * KEYS / PER_WORD<W>, w.unit + row}; };
     long r = 0;
     for (; r + R <= rows; r += R) mix<W, R>(from(r), value, column, first, last, out + r * stride, stride, onto, ahead);
     if constexpr (R > 1) {
