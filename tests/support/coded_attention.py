@@ -1,8 +1,8 @@
 """Attention over 8-bit pages as the CPU kernels define it where they multiply bytes, in float64.
 
 Keys before the last whole 64 of the past are met by a query that is rounded to 8 bits, with one scale for every four
-numbers in 64 and each part of the key. Weights, times the values' scales, are rounded to 8 bits in blocks of 64 keys. What
-weights are divided by is not rounded.
+numbers in 64 and each part of the key. Weights, times the values' scales, are rounded to 8 bits in blocks of 64 keys.
+What weights are divided by is not rounded.
 """
 
 from __future__ import annotations
