@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cabochon import ops
-from cabochon.ops import cpu, reference
+from cabochon.ops import cpu, reference, reference_drawing
 from cabochon.ops.views import Past, Rows, ScaledPages, View
 from cabochon.quant import QuantTensor, dequantize, pack, quantize, round_activations
 from support import coded_attention
@@ -467,3 +467,41 @@ def test_largest_of_nothing_and_in_other_types(random):
         values, places = ops.largest(x.to(dtype), 3)
         assert values.dtype == dtype
         assert torch.equal(x.to(dtype).gather(1, places).nan_to_num(7.0), values.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("width", [1, 700, 5_003])
+def test_draw(width, temperature, spread, random):
+    """Few and many candidates, ties, forbidden tokens, both ends of the uniform number."""
+    rows = 40
+    x = torch.randn(rows, width, generator=random) * spread
+    x[::2] = (x[::2] * 8).round() / 8
+    x[::3, 1::2] = -torch.inf
+    settings = torch.empty(5, rows, dtype=torch.float64)
+    settings[0] = torch.rand(rows, generator=random, dtype=torch.float64)
+    settings[0, :2] = torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64)
+    settings[1] = temperature
+    for row, allowed in enumerate([(1, 5, 64, 1024, 1025, 3000, width), (0.3, 0.95, 1.0), (0.0, 0.05, 1.0)], 2):
+        settings[row] = torch.tensor(allowed)[torch.randint(len(allowed), (rows,), generator=random)]
+    tokens, best = cpu.draw(x, settings)
+    expected = reference_drawing.draw(x, settings)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(best, expected[1])
+
+
+def test_draw_says_what_it_can_not_draw_from(random):
+    x = torch.randn(3, 3000, generator=random)
+    x[0], x[1, 7], x[2, 8] = -torch.inf, torch.nan, torch.inf
+    for top_k in (1, 64, 3000):
+        settings = torch.tensor([[0.5, 1.0, top_k, 1.0, 0.0]] * 3, dtype=torch.float64).T
+        best = cpu.draw(x, settings)[1]
+        assert best.tolist()[::2] == [-torch.inf, torch.inf] and best[1].isnan()
+
+
+@pytest.mark.parametrize("width", [1, 15, 1024, 70_001])
+def test_log_sum(width, random):
+    x = numbers(6, width, random)
+    x[1] = torch.randn(width, generator=random) * 30
+    got, expected = cpu.log_sum(x), x.double().logsumexp(-1)
+    assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from cabochon import ops
 from cabochon.engine import sampler
 from cabochon.engine.request import Request, SamplingParams
 from cabochon.engine.track import Track
-from cabochon.ops import cpu
+from cabochon.ops import cpu, reference_drawing
 
 VOCAB = 512
 
@@ -51,6 +52,24 @@ def test_draws_follow_the_references_distribution(temperature, top_k, top_p, min
     assert not seen[(expected == 0).numpy()].any(), "a token was drawn that is cut off"
     assert np.abs(seen - expected.numpy()).sum() < 3 * np.sqrt(VOCAB / count)
     assert seen[int(expected.argmax())] == pytest.approx(float(expected.max()), abs=0.02)
+
+
+def test_cuts_of_many_candidates_follow_the_reference():
+    """What top-p and min-p leave of a flat row with thousands of candidates: drawn at the ends and in the midst."""
+    logits = row(4, vocab=6000) / 10
+    for top_p, min_p, top_k in [(0.9, 0.0, 0), (1.0, 0.3, 0), (0.5, 0.0, 5000)]:
+        params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=9)
+        expected = reference_probs(logits, params)
+        order = logits.argsort(descending=True)
+        ends = expected[order].cumsum(0)
+        uniforms = (0.0, 0.3, 0.7, 1 - 1e-12)
+        settings = torch.tensor([[u, 1.0, top_k or 6000, top_p, min_p] for u in uniforms], dtype=torch.float64).T
+        tokens = ops.draw(logits.expand(4, -1), settings)[0]
+        places = [int((order == token).nonzero()) for token in tokens]
+        assert places[0] == 0 and places[3] == int((expected > 0).sum()) - 1 > reference_drawing.NARROW
+        for place, uniform in zip(places, uniforms, strict=True):
+            before = float(ends[place - 1]) if place else 0.0
+            assert before - 1e-9 <= uniform <= float(ends[place]) + 1e-9
 
 
 def test_a_draw_depends_on_nothing_but_its_own_row():

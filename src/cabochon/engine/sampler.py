@@ -15,13 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import ops
 from ..errors import RequestError
-from ..ops import largest
 from .request import TokenLogprob
 from .track import Track
-
-NARROW = 1024
-"""Rows that need more candidates than this are sorted whole, which is slow."""
 
 
 @dataclass(slots=True)
@@ -36,11 +33,13 @@ class Drawn:
 def draw(logits: Tensor, tracks: list[Track], suppress: Tensor | None = None) -> list[Drawn]:
     """One token for each row of `logits` [L, V], which may be written to; `suppress` [n] ids are never drawn."""
     scored = [i for i, track in enumerate(tracks) if track.request.params.logprobs is not None]
-    raw = logits[scored] if scored else None
+    same = suppress is None and len(scored) == len(tracks) and not any(map(_adjusted, tracks))
+    raw = logits if same or not scored else logits[scored]
     if suppress is not None:
         logits[:, suppress] = -torch.inf
     errors = {i: error for i, track in enumerate(tracks) if (error := _adjust(logits[i], track))}
-    ids, best = _choose(logits, tracks)
+    token, largest = ops.draw(logits, _settings(tracks, logits.shape[-1]))
+    ids, best = token.tolist(), largest.tolist()  # the step's only wait for the device
     out = []
     for i in range(len(tracks)):
         error = errors.get(i)
@@ -48,33 +47,19 @@ def draw(logits: Tensor, tracks: list[Track], suppress: Tensor | None = None) ->
             stuck = best[i] == -math.inf
             error = "Every token is forbidden here." if stuck else "The logits of this request are not numbers."
         out.append(Drawn(ids[i], error=error))
-    if raw is not None:
+    if scored:
         tops = [tracks[i].request.params.logprobs or 0 for i in scored]
         for i, entry in zip(scored, score(raw, [ids[i] for i in scored], tops), strict=True):
             out[i].logprob = entry
     return out
 
 
-def _choose(logits: Tensor, tracks: list[Track]) -> tuple[list[int], list[float]]:
-    """The rows' tokens and their largest logits; reading them is the step's only wait for the device."""
-    sampled = [i for i, track in enumerate(tracks) if track.request.params.temperature]
-    if len(sampled) == len(tracks):
-        token, best = _sample(logits, tracks)
-    else:
-        best, token = (column[:, 0] for column in largest(logits, 1))
-        if sampled:
-            at = torch.tensor(sampled, device=logits.device)
-            token[at] = _sample(logits[at], [tracks[i] for i in sampled])[0]
-    both = torch.stack([token.double(), best.double()]).tolist()
-    return [int(t) for t in both[0]], both[1]
-
-
 def score(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprob]:
     """Log-probabilities of `tokens` [L] under untouched `logits` [L, V], each with its `tops` best alternatives."""
-    norm = logits.logsumexp(-1)
+    norm = ops.log_sum(logits)
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - norm
     most = max(tops, default=0)
-    values, ids = largest(logits, most) if most else (logits[:, :0], torch.zeros(0, dtype=torch.long))
+    values, ids = ops.largest(logits, most) if most else (logits[:, :0], torch.zeros(0, dtype=torch.long))
     pairs = zip(own.tolist(), (values - norm[:, None]).tolist(), ids.tolist() or [[]] * len(tokens), strict=True)
     return [
         TokenLogprob(token, mine, tuple(zip(alternatives[:top], logprobs[:top], strict=True)))
@@ -85,11 +70,18 @@ def score(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogpr
 # Penalties, bias, constraint ------------------------------------------------------------------------------------------
 
 
+def _adjusted(track: Track) -> bool:
+    """Is there anything for `_adjust` to do?"""
+    params = track.request.params
+    penalties = params.presence_penalty or params.frequency_penalty or (params.repetition_penalty or 1.0) != 1.0
+    return bool(penalties or params.logit_bias or track.constraint is not None)
+
+
 def _adjust(row: Tensor, track: Track) -> str | RequestError | None:
     """Apply what concerns one row alone, in place; why its constraint failed, if it did."""
     params = track.request.params
     if params.repetition_penalty is not None and params.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(track.ids)).to(row.device)
+        seen = torch.from_numpy(track.ids).to(row.device)  # a token that came twice gets the same value twice
         value = row[seen]
         row[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
@@ -124,61 +116,17 @@ def uniforms(seeds: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[n
     return numbers
 
 
-def _sample(logits: Tensor, tracks: list[Track]) -> tuple[Tensor, Tensor]:
-    """A token for each row [L, V] -> [L] int64, and the row's largest logit [L]."""
-    params = [track.request.params for track in tracks]
+def _settings(tracks: list[Track], vocab: int) -> Tensor:
+    """What `ops.draw` wants to know of each track: [5, L] float64. To take the best is to draw from one candidate."""
     seeds = np.fromiter((track.seed for track in tracks), np.uint64, len(tracks))
     places = np.fromiter((track.generated for track in tracks), np.uint64, len(tracks))
-    vocab = logits.shape[-1]
-    top_k = [p.top_k if p.top_k and p.top_k < vocab else vocab for p in params]
-    columns = [
-        uniforms(seeds, places).tolist(),
-        [p.temperature or 0.0 for p in params],
-        top_k,
-        [1.0 if p.top_p is None else p.top_p for p in params],
-        [p.min_p or 0.0 for p in params],
-    ]
-    settings = torch.tensor(columns, dtype=torch.float64).to(logits.device)
-    wide = [i for i, k in enumerate(top_k) if k > NARROW]
-    narrow = [i for i, k in enumerate(top_k) if k <= NARROW]
-    if not wide:
-        values, ids = largest(logits, max(top_k))
-        return _pick(values, ids, settings), values[:, 0]
-    token = torch.empty(len(tracks), dtype=torch.long, device=logits.device)
-    best = torch.empty(len(tracks), dtype=logits.dtype, device=logits.device)
-    if narrow:
-        values, ids = largest(logits[narrow], max(top_k[i] for i in narrow))
-        token[narrow], best[narrow] = _pick(values, ids, settings[:, narrow]), values[:, 0]
-    for i in wide:
-        row = logits[i : i + 1]
-        values, ids = largest(row, NARROW)
-        if not _enough(row, values, settings[:, i]):
-            values, ids = largest(row, vocab)
-        token[i], best[i] = _pick(values, ids, settings[:, i : i + 1])[0], values[0, 0]
-    return token, best
-
-
-def _enough(row: Tensor, values: Tensor, settings: Tensor) -> bool:
-    """Do top-p or min-p end within the candidates `values` [1, k], whatever the rest of the row is like?"""
-    if values.shape[-1] == row.shape[-1]:
-        return True
-    _, temperature, top_k, top_p, min_p = settings.tolist()
-    top = values[0, 0].double()
-    mass = ((values.double() - top) / temperature).exp()
-    total = ((row.double() - top) / temperature).exp().sum()
-    by_top_p = top_k >= row.shape[-1] and bool(mass.sum() >= top_p * total) and top_p < 1
-    return by_top_p or bool(mass[0, -1] < min_p)
-
-
-def _pick(values: Tensor, ids: Tensor, settings: Tensor) -> Tensor:
-    """Draw from candidates `values` [L, k] in descending order, `settings` [5, L] -> ids [L]."""
-    uniform, temperature, top_k, top_p, min_p = (row[:, None] for row in settings)
-    mass = ((values.double() - values[:, :1].double()) / temperature).exp()  # the best has 1
-    place = torch.arange(values.shape[-1], device=values.device)
-    mass = mass * (place < top_k)
-    total = mass.cumsum(-1)
-    kept = (total - mass < top_p * total[:, -1:]) & (mass >= min_p) & (mass > 0)
-    # Candidates descend, so those kept come first; the sum up to the last of them is the mass to draw from.
-    reach = (mass * kept).cumsum(-1)
-    chosen = (reach <= uniform * reach[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(1, chosen.clamp_max(values.shape[-1] - 1))[:, 0]
+    settings = np.empty((5, len(tracks)))
+    settings[0] = uniforms(seeds, places)
+    for i, track in enumerate(tracks):
+        p = track.request.params
+        settings[1:, i] = (
+            (p.temperature, p.top_k or vocab, 1.0 if p.top_p is None else p.top_p, p.min_p or 0.0)
+            if p.temperature
+            else (1.0, 1, 1.0, 0.0)
+        )
+    return torch.from_numpy(settings)

@@ -1,7 +1,7 @@
-"""One function per op; the arguments and results are documented once, in `ops.reference` and `ops.reference_towers`.
+"""One function per op; the arguments and results are documented once, in `ops.reference` and its neighbours.
 
 Each call goes to the fastest implementation at hand for the tensor's device: `ops.cpu` (C++), `ops.gpu` (Triton, for
-CUDA and ROCm), else `ops.reference`. Gradients are wanted only in training, which always takes the reference.
+CUDA and ROCm), else the reference. Gradients are wanted only in training, which always takes the reference.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from . import cpu, gpu, reference
+from . import cpu, gpu, reference, reference_drawing
 from .reference import Weight
 from .reference_towers import Clip, Halving
 from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, settle, subsample, turn
@@ -35,6 +35,7 @@ __all__ = [
     "clipped_gate",
     "clipped_linear",
     "cos_sin",
+    "draw",
     "embed",
     "experts",
     "gated_mlp",
@@ -42,6 +43,7 @@ __all__ = [
     "head_at",
     "largest",
     "linear",
+    "log_sum",
     "per_layer_inputs",
     "reference",
     "rms_norm",
@@ -57,11 +59,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _twin(x: Tensor) -> ModuleType:
-    """The module whose functions take `x`."""
+def _twin(x: Tensor) -> ModuleType | None:
+    """The module whose functions take `x`; None: the reference."""
     if cpu.ready(x):
         return cpu
-    return gpu if gpu.ready(x) else reference
+    return gpu if gpu.ready(x) else None
 
 
 def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
@@ -70,8 +72,8 @@ def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = getattr(_twin(args[argument]), name)(*args, **kwargs)  # type: ignore[arg-type]  # a tensor
-        return result
+        twin = _twin(args[argument])  # type: ignore[arg-type]  # a tensor
+        return op(*args, **kwargs) if twin is None else cast(R, getattr(twin, name)(*args, **kwargs))
 
     return call
 
@@ -90,3 +92,5 @@ attend = _by(0, reference.attend)
 head = _by(0, reference.head)
 head_at = _by(0, reference.head_at)
 largest = _by(0, reference.largest)
+draw = _by(0, reference_drawing.draw)
+log_sum = _by(0, reference_drawing.log_sum)

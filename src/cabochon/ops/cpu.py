@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..quant import PANEL, QuantTensor
-from . import reference
+from . import reference, reference_drawing
 from .reference import Weight
 from .views import Pages, ScaledPages, View
 
@@ -346,6 +346,25 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, places = torch.empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long)
     _cpu.largest(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), k, values.data_ptr(), places.data_ptr())
     return values, places
+
+
+def draw(logits: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.dtype != torch.float32 or logits.numel() == 0:
+        return reference_drawing.draw(logits, settings)
+    x, settings = as_rows(logits), settings.contiguous()
+    count, width = x.shape
+    tokens, best = torch.empty(count, dtype=torch.long), torch.empty(count)
+    _cpu.draw(x.data_ptr(), count, width, x.stride(0), settings.data_ptr(), tokens.data_ptr(), best.data_ptr())
+    return tokens, best
+
+
+def log_sum(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or x.numel() == 0:
+        return reference_drawing.log_sum(x)
+    x = as_rows(x)
+    y = torch.empty(x.shape[0])
+    _cpu.log_sum(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), y.data_ptr())
+    return y
 
 
 def quantize(weight: Tensor, format: str, panels: bool, codes: Tensor, scales: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..quant import QuantTensor
-from . import reference
+from . import reference, reference_drawing
 from .reference import Weight
 from .views import Pages, View
 
@@ -91,6 +91,8 @@ def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
 
 head_at = reference.head_at
 largest = reference.largest
+draw = reference_drawing.draw
+log_sum = reference_drawing.log_sum
 cos_sin = reference.cos_sin
 
 

@@ -1,7 +1,7 @@
 // Compiled once per instruction set with -DISA=name; exports one table.
 #include "conformer_layer.h"
+#include "draw.h"
 #include "head_at.h"
-#include "largest.h"
 #include "layer.h"
 #include "lookup.h"
 #include "subsample.h"
@@ -11,5 +11,5 @@
 
 namespace cabochon {
 extern const Ops ISA;
-const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, per_layer, rope, store_rows, attend, attend_all, largest, quantize, pack, lookup, layer, product, settle, turn, recent, blend, subsample, conformer, spin};
+const Ops ISA = {NAME(ISA), linear, head_at, gated, experts, norm, per_layer, rope, store_rows, attend, attend_all, largest, draw, log_sum, quantize, pack, lookup, layer, product, settle, turn, recent, blend, subsample, conformer, spin};
 }  // namespace cabochon

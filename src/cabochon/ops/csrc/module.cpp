@@ -275,6 +275,17 @@ void largest(Address x, long count, long width, long stride, long k, Address val
     call(active->largest, op, double(count) * width);
 }
 
+void draw(Address x, long count, long width, long stride, Address settings, Address tokens, Address best) {
+    const Draw op{rows(x, FLOAT32, count, width, stride), reinterpret_cast<const double*>(settings), reinterpret_cast<int64_t*>(tokens),
+                  reinterpret_cast<float*>(best)};
+    call(active->draw, op, double(count) * width);
+}
+
+void log_sum(Address x, long count, long width, long stride, Address y) {
+    const LogSum op{rows(x, FLOAT32, count, width, stride), reinterpret_cast<float*>(y)};
+    call(active->log_sum, op, double(count) * width);
+}
+
 void quantize(Address x, int dtype, long count, long width, long stride, int format, bool panels, Address codes, Address scales) {
     const Packing op{rows(x, dtype, count, width, stride), nullptr, Format(format), panels,
                      reinterpret_cast<void*>(codes), reinterpret_cast<void*>(scales)};
@@ -467,6 +478,8 @@ NB_MODULE(_cpu, m) {
     m.def("blend", blend);
     m.def("subsample", subsample);
     m.def("largest", largest);
+    m.def("draw", draw);
+    m.def("log_sum", log_sum);
     m.def("quantize", quantize);
     m.def("pack", pack);
     m.def("spin", spin, "Multiplies in registers only, on all threads; how many operations those were.");

@@ -139,6 +139,19 @@ struct Largest {
     int64_t* places;  // [R, k]
 };
 
+// A token from every row of logits.
+struct Draw {
+    Rows x;                  // float32
+    const double* settings;  // [5, count]: uniform number, temperature, top-k, top-p, min-p
+    int64_t* tokens;         // [count]
+    float* best;             // [count], the largest logits
+};
+
+struct LogSum {
+    Rows x;  // float32
+    float* y;
+};
+
 // What comes in or goes out is cut to a range; infinite where nothing is.
 struct Range {
     float low = -__builtin_inff(), high = __builtin_inff();
@@ -268,6 +281,8 @@ struct Ops {
     void (*attend)(const Attend&);
     void (*attend_all)(const AttendAll&);
     void (*largest)(const Largest&);
+    void (*draw)(const Draw&);
+    void (*log_sum)(const LogSum&);
     void (*quantize)(const Packing&);
     void (*pack)(const Packing&);
     void (*lookup)(const Lookup&);
