@@ -1,4 +1,4 @@
-"""Decoder layers in one call of the CPU kernels, where those take them: dense feed-forward, keys and values apart.
+"""Decoder layers in one call of the CPU kernels, where those take them: with dense feed-forward.
 
 `Layer.forward` op by op is the definition and what training runs. A call does what some twenty ops do, and calls of a
 step with few rows are put off and made together: whatever the interpreter does between two layers it does with empty
@@ -88,20 +88,30 @@ class FusedLayer:
         return x.dtype == self.dtype and cpu.unchanged(self.links)
 
     def run(
-        self, calls: Calls, x: Tensor, ple: Tensor | None, step: dict[int, Tensor], view: View, angles: Angles
+        self,
+        calls: Calls,
+        x: Tensor,
+        ple: Tensor | None,
+        step: dict[int, Tensor],
+        view: View,
+        angles: Angles,
+        k_weight: Tensor | None,
     ) -> Tensor | None:
         """`Layer.forward`, whose result is there when `calls` are made; None where the kernels can't."""
         spec, (cos, sin) = self.spec, angles
         seen = cpu.seen_by(x.dtype, view)
         if self.kernel is None or seen is None or cos.dtype != x.dtype:
             return None
+        if spec.k_eq_v and (k_weight is None or k_weight.dtype != cos.dtype):
+            return None
         if spec.owns_kv:
             step[spec.index] = x.new_empty(x.shape[0], spec.kv_heads, self.row_width)
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         of_layer = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
-        turn, stored = (cos.data_ptr(), sin.data_ptr(), cos.shape[1]), step[spec.reads_kv_of]
+        turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if k_weight is None else k_weight.data_ptr())
+        stored = step[spec.reads_kv_of]
         call = (self.kernel, x.data_ptr(), x.shape[0], y.data_ptr(), stored.data_ptr(), *turn, *of_layer, seen)
-        calls.add(call, x.shape[0], x, stored, cos, sin, ple)
+        calls.add(call, x.shape[0], x, stored, cos, sin, k_weight, ple)
         return y
 
 
@@ -119,7 +129,7 @@ def run_layer(
     k_weight: Tensor | None,
 ) -> Tensor:
     """`layer(...)`, in one call where that can be, which then is one of `calls`."""
-    if (whole := fused(layer, x)) and (y := whole.run(calls, x, ple, step, view, angles)) is not None:
+    if (whole := fused(layer, x)) and (y := whole.run(calls, x, ple, step, view, angles, k_weight)) is not None:
         return y
     calls.make()
     out: Tensor = layer(x, ple, step, view, angles, k_weight)
@@ -139,7 +149,7 @@ def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
 def _kernel(layer: Layer, x: Tensor) -> Any:
     """The prepared call, or None when something in the layer is not what the kernel knows."""
     spec, attn = layer.spec, layer.self_attn
-    if spec.experts or spec.k_eq_v:
+    if spec.experts:
         return None
     norms = [_module(layer, name) for name in _NORMS]
     products = [_module(layer, name) for name in _MATRICES]

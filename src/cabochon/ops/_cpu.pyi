@@ -58,8 +58,9 @@ class Layer:
         /,
     ) -> None: ...
 
-Call = tuple[Layer, int, int, int, int, int, int, int, int, int, Seen]
-"""layer, x, rows, y, rows of the step; cos, sin, how many numbers turn; PLE and its stride, or 0; what came before."""
+Call = tuple[Layer, int, int, int, int, int, int, int, int, int, int, Seen]
+"""layer, x, rows, y, rows of the step; cos, sin, how many numbers turn; where value = key the key norm's weight of the
+layer whose rows these are, or 0; PLE and its stride, or 0; what came before."""
 
 Link = tuple[dict[str, object], str, object, int]
 """A dictionary, a key, the value that was found there; the address of its numbers where that may change, or 0."""

@@ -242,17 +242,18 @@ struct PreparedLayer {
         weights.kv_heads = shape.kv_heads;
     }
 
-    // With its arguments as Python hands them over: (layer, x, count, y, step, cos, sin, half_rotated, ple, ple_stride, past).
+    // With its arguments as Python hands them over: (layer, x, count, y, step, cos, sin, half_rotated, kept_norm, ple,
+    // ple_stride, past).
     Layer with(const nb::tuple& a) const {
         const auto at = [&](int i) { return reinterpret_cast<const void*>(nb::cast<Address>(a[i])); };
-        Attend seen = attended(nb::cast<nb::tuple>(a[10]));
+        Attend seen = attended(nb::cast<nb::tuple>(a[11]));
         seen.step = at(4);
         seen.dtype = shape.dtype, seen.heads = shape.heads, seen.head = shape.head;
         seen.kv_heads = shape.kv_heads, seen.width = shape.width, seen.window = shape.window;
         seen.key_offset = shape.key_offset, seen.value_offset = shape.value_offset;
         const long width = weights.q.cols;
         return {&weights, rows(nb::cast<Address>(a[1]), weights.dtype, nb::cast<long>(a[2]), width, width),
-                const_cast<void*>(at(3)), at(5), at(6), nb::cast<long>(a[7]), at(8), nb::cast<long>(a[9]), seen};
+                const_cast<void*>(at(3)), at(5), at(6), nb::cast<long>(a[7]), at(8), at(9), nb::cast<long>(a[10]), seen};
     }
 };
 

@@ -227,6 +227,7 @@ struct Layer {
     void* y;                // [count, width]
     const void *cos, *sin;  // [count, half_rotated]
     long half_rotated;
+    const void* kept_norm;  // where value = key: the weight of the key norm of the layer whose rows these are, [head]
     const void* ple;        // [count, ple width], or null
     long ple_stride;
     Attend attend;          // q and out are filled in; the layer writes the rows of `step` that it owns
