@@ -29,6 +29,12 @@ def test_latency():
     assert result["model_ms_per_step"] > 0
 
 
+def test_the_run_that_touches_everything_does_not_count(monkeypatch):
+    seconds = iter((9.0, 1.0, 3.0, 2.0))
+    monkeypatch.setattr("cabochon.cli.bench._timed", lambda *_: {"first": 0.5, "total": next(seconds)})
+    assert bench("latency", *SMALL, "--repeats", "3")["total_s"] == 2.0
+
+
 def test_throughput_beside_transformers():
     result = bench("throughput", *SMALL, "--num-prompts", "4", "--baseline", "transformers")
     assert result["output_tokens_per_s"] * result["total_s"] == pytest.approx(24)
