@@ -85,6 +85,10 @@ def test_imports_go_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_drawing_holds_no_room_that_is_not_there():
+    assert not heights().keys() - modules().keys()
+
+
 def test_no_cycles():
     done, path = set(), []
 

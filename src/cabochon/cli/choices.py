@@ -34,7 +34,8 @@ class Choices:
         ),
     ] = None
     max_model_len: Annotated[
-        str | None, typer.Option(help="Context in tokens, such as 32k; less needs less memory.", metavar="TOKENS")
+        str | None,
+        typer.Option(help="Context, as 32768 or 32K (32k is 32,000); less needs less memory.", metavar="TOKENS"),
     ] = None
     chat_template: Annotated[
         Path | None, typer.Option(help="Render conversations through this Jinja file.", metavar="FILE")

@@ -38,7 +38,7 @@ def plan(
     kv_cache_dtype: Annotated[CacheDtype, typer.Option(help="Format of the global layers' cache.")] = "auto",
     drafter: Annotated[bool, typer.Option("--drafter", help="With the size's own drafter.")] = False,
     acceptance: Annotated[float, typer.Option(min=0, max=1, help="Share of its drafts that is accepted.")] = 0.6,
-    ranks: Annotated[int, typer.Option(min=1, max=64, help="Devices that split the model.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Devices that split the model, as other engines can.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Every format of the model side by side.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw memory against context into this PNG file.")] = None,

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--num-speculative-tokens", type=int, metavar="N", help="most guesses per reply and step (4)")
     add("--speculative-config", metavar="JSON", help="both, as vLLM spells them")
-    add("--max-model-len", metavar="TOKENS", help="context; 32k and the like are understood")
+    add("--max-model-len", metavar="TOKENS", help="context, as 32768 or 32K (32k is 32,000)")
     add("--max-num-seqs", type=int, metavar="N", help="most replies that run at once")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens per step")
     add("--block-size", type=int, metavar="N", help="tokens per page")

@@ -13,7 +13,7 @@ IGNORED = {
     **dict.fromkeys(("output_attentions", "output_hidden_states", "unsloth_version", "unsloth_fixed"), _WRITER),
     "model_name": _WRITER,
     "initializer_range": "only a fresh network is drawn with it",
-    "attention_dropout": "used in Google's training only; fine-tuning here sets its own",
+    "attention_dropout": "used in Google's training only",
 }
 _VISION_ONLY = {
     "global_head_dim": "repeats head_dim",

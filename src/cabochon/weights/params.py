@@ -1,5 +1,5 @@
-"""The parameter table: every tensor of a checkpoint, under each of its names. Loading, saving, splitting, sizing and
-LoRA read it; nothing else in the package spells a parameter's name.
+"""The parameter table: every tensor of a checkpoint, under each of its names. Loading, saving and sizing
+read it; nothing else in the package spells a parameter's name.
 
 The KV-shared layers of published files carry key and value projections that nothing reads ("stored, unused"): they are
 in the table too, so that a file is accounted for to the byte.
