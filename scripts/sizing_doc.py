@@ -42,7 +42,7 @@ def _stored() -> str:
     rows = []
     for size in variants.SIZES:
         config = _config(size)
-        stored = [p for p in parameters(config, unused=True) if p.name != "lm_head.weight"]
+        stored = [p for p in parameters(config, unused=True) if p.part != "head"]
         count, unused = sum(p.count for p in stored), sum(p.count for p in stored if not p.used)
         tensors = sum(p.nbytes("bfloat16") for p in stored)
         single = file_bytes((p.hf, "BF16", p.shape) for p in stored)
@@ -71,7 +71,10 @@ def _resident() -> str:
     headings = ("size", "format", *names, "in all")
     note = (
         "int8 has one float32 scale per row, int4 a float16 scale per 32 numbers. Norms, routers, the gates of "
-        "per-layer embeddings and the towers stay in bfloat16. On a GPU the per-layer embeddings lie in host memory."
+        "per-layer embeddings and the towers stay in bfloat16. The embedding is the head too, except with int4: there "
+        "rows are looked up in a table of int8, and the head is another in four bits. Tables that are only looked up "
+        "stay in the file where `cabochon quantize` wrote it, and only rows come into memory; on a GPU they lie in "
+        "host memory."
     )
     return f"## Weights in memory\n\n{_table(headings, rows)}\n\n{note}"
 

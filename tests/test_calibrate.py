@@ -13,11 +13,13 @@ from cabochon.errors import CheckpointError, InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm.loading import load
 from cabochon.model.batch import whole_sequences
+from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, fitted_scales, quantize
 from cabochon.rounding import DAMPING, Moments, quantize_for
 from cabochon.weights import convert
 from cabochon.weights.checkpoint import open_checkpoint
-from cabochon.weights.params import parameters
+from cabochon.weights.load import fill
+from cabochon.weights.params import as_kept, parameters
 from support.toys import SIZES, save_toy
 
 
@@ -110,11 +112,20 @@ def test_what_is_no_number_is_told():
 
 
 def rounded_alone(found, param) -> QuantTensor:
-    return quantize(convert.fetch(found.source, param).bfloat16(), "int4")
+    return quantize(convert.fetch(found.source, param).bfloat16(), param.format("bfloat16", "int4").name)
 
 
 def token_ids(count: int, length: int = 40) -> list[list[int]]:
     return torch.randint(0, 300, (count, length)).tolist()
+
+
+def apart(found) -> Gemma4:
+    """The plain network whose head is a matrix of its own."""
+    config = as_kept(found.config, "int4")
+    with torch.device("meta"):
+        network = Gemma4(config)
+    fill(network, found.source, config, dtype=torch.float32)
+    return network
 
 
 def moved(network, found, sequences) -> torch.Tensor:
@@ -133,7 +144,7 @@ def test_every_shape_goes_through(tmp_path, size):
     save_toy(tmp_path, size)
     found = open_checkpoint(tmp_path)
     made = dict(calibrated(found, token_ids(60), "int4"))
-    assert [param.name for param in made] == [param.name for param in parameters(found.config)]
+    assert [param.name for param in made] == [param.name for param in parameters(as_kept(found.config, "int4"))]
     matrices = {param.name: weight for param, weight in made.items() if isinstance(weight, QuantTensor)}
     assert {param.name for param in made if param.quantize} == set(matrices)
     plain = {p.name: rounded_alone(found, p) for p in made if p.quantize}
@@ -145,7 +156,7 @@ def test_every_shape_goes_through(tmp_path, size):
         )
         assert torch.equal(weight.codes, plain[name].codes) == ("embed" in name)
     unseen = token_ids(8)
-    here, there = (moved(load(tmp_path, dtype="float32").model, found, unseen) for found in (matrices, plain))
+    here, there = (moved(apart(found), weights, unseen) for weights in (matrices, plain))
     assert here < there
 
 

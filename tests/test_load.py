@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cabochon import ops
 from cabochon.config import read_config
 from cabochon.errors import CheckpointError, InputError, UnknownModelError
 from cabochon.llm import loading
@@ -17,7 +18,7 @@ from cabochon.quant import QuantTensor, dequantize, quantize
 from cabochon.weights.header import read_folder
 from cabochon.weights.load import fill, fold, quantizer, save
 from cabochon.weights.own import OwnSource, save_own
-from cabochon.weights.params import parameters
+from cabochon.weights.params import as_kept, parameters
 from cabochon.weights.random import RandomSource, calm_tensor, open_random
 from cabochon.weights.safetensors import SafetensorsSource
 from cabochon.weights.safetensors import save as save_tensors
@@ -267,22 +268,74 @@ def test_wrong_random_names(name, error, message):
         open_random(name)
 
 
+HEAD, TABLE = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
+
+
+def own_int4(folder):
+    """A folder of our own with the table apart from the head, its config as kept, and the weights before."""
+    config, tensors = as_kept(toy_config("E2B"), "int4"), toy_model("E2B", dtype=torch.bfloat16).state_dict()
+    tensors[HEAD] = tensors[TABLE]
+    save_own(folder, config, ((param, tensors[param.name]) for param in parameters(config)), "int4")
+    return config, tensors
+
+
+def mapped(folder):
+    """Where files of `folder` lie in memory: (begin, end) of each piece."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(folder))]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system what is mapped where")
 @pytest.mark.parametrize("panels", [False, True])
-def test_looked_up_tables_of_our_own_folder_stay_in_the_file(tmp_path, panels):
-    """The tables of per-layer embeddings are addressed where the file is mapped; the same rows come out of them."""
-    config, tensors = toy_config("E2B"), toy_model("E2B", dtype=torch.bfloat16).state_dict()
-    save_own(tmp_path / "own", config, ((param, tensors[param.name]) for param in parameters(config)), "int4")
+@pytest.mark.parametrize(("name", "format"), [("embed_tokens", "int8"), ("embed_tokens_per_layer", "int4")])
+def test_looked_up_tables_of_our_own_folder_stay_in_the_file(tmp_path, panels, name, format):
+    """They are addressed where the file is mapped; the same rows come out of them."""
+    config, tensors = own_int4(tmp_path / "own")
     model = empty(config)
     stored = OwnSource(SafetensorsSource(tmp_path / "own"), read_config(tmp_path / "own"))
     fill(model, stored, config, dtype=torch.bfloat16, convert=quantizer("int4", panels=panels))
+    table = model.get_submodule(f"language_model.{name}").weight
+    assert (table.format, table.layout) == (format, "rows")
+    assert torch.equal(dequantize(table), dequantize(quantize(tensors[f"language_model.{name}.weight"], format)))
+    assert any(begin <= table.codes.data_ptr() < end for begin, end in mapped(tmp_path))
 
-    table = model.language_model.embed_tokens_per_layer.weight
-    name = "language_model.embed_tokens_per_layer.weight"
-    assert torch.equal(dequantize(table), dequantize(quantize(tensors[name], "int4")))
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    ours = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(tmp_path))]
-    assert any(begin <= table.codes.data_ptr() < end for begin, end in ours)
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_the_head_has_its_own_four_bits_however_it_comes_in(tmp_path, toy, quantization):
+    """From a plain checkpoint, and from a folder of our own: rows come out of eight bits, logits out of four."""
+    own_int4(tmp_path / "own")
+    network = loading.load(
+        toy if quantization else tmp_path / "own", "cpu", "bfloat16", quantization=quantization
+    ).model
+    exact = toy_model("E2B", dtype=torch.bfloat16).language_model
+    text, ids = network.language_model, torch.arange(320)
+    assert torch.equal(dequantize(text.lm_head.weight), dequantize(quantize(exact.embed_tokens.weight, "int4")))
+    assert torch.equal(
+        text.embed_tokens(ids, 1.0), dequantize(quantize(exact.embed_tokens.weight, "int8"), torch.bfloat16)
+    )
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    softcap = text.config.final_logit_softcapping
+    assert torch.equal(text.logits(x), ops.head(x, text.lm_head.weight, softcap))
+
+
+def test_a_folder_of_our_own_with_one_table_serves_both(tmp_path):
+    """As folders were written before the head was kept apart."""
+    config, tensors = toy_config("E2B"), toy_model("E2B", dtype=torch.bfloat16).state_dict()
+    one = quantize(tensors[TABLE], "int4")
+    pairs = ((param, one if param.name == TABLE else tensors[param.name]) for param in parameters(config))
+    save_own(tmp_path / "own", config, pairs, "int4")
+    text = loading.load(tmp_path / "own", "cpu", "bfloat16").model.language_model
+    for weight in (text.embed_tokens.weight, text.lm_head.weight):
+        assert weight.format == "int4" and torch.equal(dequantize(weight), dequantize(one))
+
+
+def test_codes_that_are_no_known_format_are_told(tmp_path):
+    own_int4(tmp_path / "own")
+    wrong = {name: SafetensorsSource(tmp_path / "own").read(name) for name in read_folder(tmp_path / "own")}
+    wrong["lm_head.weight.scales"] = wrong["lm_head.weight.scales"].float()
+    save_tensors(tmp_path / "own", wrong.items())
+    with pytest.raises(CheckpointError, match=r"codes and scales of lm_head.weight are no int8 or int4 of \[320, 64\]"):
+        OwnSource(SafetensorsSource(tmp_path / "own"), read_config(tmp_path / "own"))
 
 
 def test_progress_runs_through_the_model_and_then_its_drafter():

@@ -28,7 +28,7 @@ from cabochon.llm.prepare import prepare
 from cabochon.ops import cpu
 from cabochon.quant import QuantTensor
 from cabochon.sizing import Workload, hardware, plan, ranking, start, units
-from cabochon.sizing.memory import PAGE, measure, value_bytes
+from cabochon.sizing.memory import PAGE, measure, value_bytes, weights
 from cabochon.sizing.report import tables
 from cabochon.sizing.speed import active_parameters, expected_tokens, speed, step_seconds
 from cabochon.variants import SIZES, find
@@ -55,7 +55,7 @@ def config_of(size):
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
 def test_weights_in_bfloat16_are_the_files_bytes_without_what_is_stored_for_nothing(size):
     config = config_of(size.name)
-    unused = sum(p.count for p in parameters(config, unused=True) if not p.used and p.name != "lm_head.weight")
+    unused = sum(p.count for p in parameters(config, unused=True) if not p.used and p.part != "head")
     made = plan(size.name, CPU, Workload(context=1024))
     assert made.memory.on_device + 2 * unused == 2 * size.stored
     assert sum(part.parameters for part in made.memory.weights) == size.stored - unused
@@ -64,6 +64,15 @@ def test_weights_in_bfloat16_are_the_files_bytes_without_what_is_stored_for_noth
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_active_parameters_are_the_published_ones(size):
     assert active_parameters(config_of(size)) == pytest.approx(PUBLISHED[size], rel=0.011)
+
+
+def test_a_head_in_four_bits_leaves_its_table_of_rows_on_the_host_of_a_gpu():
+    found = {}
+    for format in ("int8", "int4"):
+        parts = weights(config_of("E2B"), Workload(quantization=format), GPU)
+        found[format] = {part.part: (part.format, part.place) for part in parts}
+    assert found["int8"]["embedding"] == ("int8", "device") and "head" not in found["int8"]
+    assert (found["int4"]["embedding"], found["int4"]["head"]) == (("int8", "host"), ("int4", "device"))
 
 
 def test_per_layer_embeddings_live_in_host_memory_on_a_gpu_only():
@@ -260,8 +269,8 @@ def test_the_floor_is_what_the_network_really_reads(size, format):
     network = random_codes(config, format)
     work = Workload(context=9, quantization=None if format == "bfloat16" else format)
     bytes_per_second = replace(CPU, bandwidth=1.0, bf16=1e30, int8=1e30)
-    vectors = sum(p.nbytes("bfloat16") for p in parameters(config) if len(p.shape) == 1 and p.part == "text")
-    padding = sum(weight.nbytes - told for weight, told in quantised(network, config, format))
+    vectors = sum(p.nbytes("bfloat16") for p in parameters(network.config) if len(p.shape) == 1 and p.part == "text")
+    padding = sum(weight.nbytes - told for weight, told in quantised(network, format))
     counted = weight_bytes(network) - vectors - padding + past_bytes(network, 1, 9)
     assert step_seconds(config, work, bytes_per_second, 1, 1) == pytest.approx(counted, rel=1e-6)
 
@@ -323,12 +332,12 @@ def pairs(network):
     return ((param, network.state_dict()[param.name]) for param in parameters(network.config))
 
 
-def quantised(network, config, format):
+def quantised(network, format):
     """(weight, its bytes by the table) of every quantised matrix that a step reads; panels fill rows up to 16."""
-    for param in parameters(config):
+    for param in parameters(network.config):
         owner, _, leaf = param.name.rpartition(".")
         value = getattr(network.get_submodule(owner), leaf)
-        if isinstance(value, QuantTensor) and param.part != "per_layer_embedding":
+        if isinstance(value, QuantTensor) and not param.looked_up:
             yield value, param.nbytes("bfloat16", format)
 
 

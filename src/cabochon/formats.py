@@ -18,6 +18,9 @@ class Format:
     scale_bytes: int
     """Of one scale, 0 without scales."""
     quantized: bool
+    looked_up: str | None = None
+    """Format of the tied embedding's rows, where the table that they are looked up in is not the one that the head
+    multiplies with."""
 
     def groups(self, width: int) -> int:
         """Scales of a row of `width` numbers."""
@@ -44,7 +47,9 @@ FORMATS = {
         # One float32 scale per output channel.
         Format("int8", bits=8, group=None, scale_bytes=4, quantized=True),
         # One float16 scale per 32 neighbours, codes -8 .. 7: the grid and the byte order of GGUF's q4_0.
-        Format("int4", bits=4, group=32, scale_bytes=2, quantized=True),
+        # Rows are looked up in eight bits: one row per token costs no bandwidth, and what four bits lose there, every
+        # layer inherits.
+        Format("int4", bits=4, group=32, scale_bytes=2, quantized=True, looked_up="int8"),
     )
 }
 

@@ -4,8 +4,8 @@ The inputs for which a matrix is rounded are those that the layers and matrices 
 that will serve it and with their rounding of activations. In memory are one layer's weights and the texts' states in
 both forms, and the sums over the inputs of one matrix at a time.
 
-Tables are rounded without texts: rows that are looked up have no inputs, and these cost more than what the tied
-embedding does as the head (docs/numerics.md).
+Tables are rounded without texts: rows that are looked up have no inputs. A head that is the same table is rounded like
+it, one of its own for the states that arrive there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..rounding import Moments, quantize_for
 from ..weights.checkpoint import Checkpoint
 from ..weights.convert import fetch
 from ..weights.load import place
-from ..weights.params import Param, parameters
+from ..weights.params import Param, as_kept, parameters
 
 _TEXT = "language_model."
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -70,12 +70,13 @@ def calibrated(
     Raises:
         CheckpointError: a weight is missing, or the network computes no numbers.
     """
+    found = replace(found, config=as_kept(found.config, format))
     walk = _Walk(found, sequences, format)
     for param in parameters(found.config):
         number = re.match(rf"{_TEXT}layers\.(\d+)\.", param.name)
         if number and int(number[1]) not in walk.done:
             walk.layer(int(number[1]))
-        rounded = walk.rounded.pop(param.name, None)
+        rounded = walk.head(param.name) if param.part == "head" else walk.rounded.pop(param.name, None)
         yield param, fetch(found.source, param) if rounded is None else rounded
 
 
@@ -98,13 +99,14 @@ class _Walk:
         with torch.device("meta"):
             networks = Text(self.config), Text(self.config)
         exact, rounded = networks
-        tops = [name for name in self.table if name.startswith(_TEXT) and f"{_TEXT}layers." not in name]
+        tops = [name for name in self.table if re.match(rf"{_TEXT}(?!layers\.|lm_head\.)", name)]
         for name in tops:
             weight = self._weight(name)
             for network in networks:
                 place(network, name.removeprefix(_TEXT), weight)
             if "embed_tokens" in name and self.table[name].quantize:
-                self._put(rounded, name.removeprefix(_TEXT), quantize(weight, self.format), _TEXT)
+                wanted = self.table[name].format("bfloat16", self.format).name
+                self._put(rounded, name.removeprefix(_TEXT), quantize(weight, wanted), _TEXT)
         embedded = [(exact.embed(batch), rounded.embed(batch)) for batch in batches]
         if exact.ple_width:
             moments = _moments((Inputs(y), Inputs(x)) for x, y in embedded)
@@ -144,6 +146,16 @@ class _Walk:
                     del stream.step[spec.reads_kv_of]
         self.done.add(index)
 
+    @torch.inference_mode()
+    def head(self, name: str) -> QuantTensor:
+        """The head, when the texts have come through all layers."""
+        gain, eps = self._weight(f"{_TEXT}norm.weight"), self.config.rms_norm_eps
+        arriving = (
+            (Inputs(ops.rms_norm(after.x, gain, eps)), Inputs(ops.rms_norm(before.x, gain, eps)))
+            for before, after in self.streams
+        )
+        return quantize_for(_moments(arriving), [self._weight(name)], self.format)[0]
+
     def _round_experts(self, exact: Layer, rounded: Layer, arriving: list[tuple[Inputs, Inputs]], prefix: str) -> None:
         """Each expert for the tokens that the rounded network sends it. Both networks' inputs are those tokens'."""
         both, down = exact.experts.gate_up_proj, exact.experts.down_proj
@@ -173,8 +185,7 @@ class _Walk:
 
     def _put(self, module: nn.Module, name: str, weight: QuantTensor, prefix: str) -> None:
         self.rounded[prefix + name] = weight
-        looked_up = self.table[prefix + name].part == "per_layer_embedding"
-        place(module, name, weight if looked_up else pack(weight))
+        place(module, name, weight if self.table[prefix + name].looked_up else pack(weight))
 
     def _layers(self, spec: LayerSpec) -> tuple[Layer, Layer]:
         """The layer twice, with the weights of the checkpoint."""

@@ -19,7 +19,7 @@ from ..ops import Pages, Past, Rows, ScaledPages
 from ..ops.cpu import prefer_huge_pages
 from ..quant import QuantTensor
 from ..weights.load import host, place, quantizer
-from ..weights.params import Param, parameters
+from ..weights.params import Param, as_kept, parameters
 from ..weights.random import calm_tensor
 
 PAGE = 32
@@ -27,14 +27,14 @@ PAGE = 32
 
 def random_codes(config: ModelConfig, format: str) -> Gemma4:
     """The network of `config` with matrices of random codes in `format`; everything else is calm and bfloat16."""
+    config = as_kept(config, format)
     with torch.device("meta"):
         network = Gemma4(config)
     there, as_loaded = set(network.state_dict()), quantizer(None, panels=device().type == "cpu")
     for param in parameters(config):
         if param.name in there:
             weight = as_loaded(param, random_weight(param, format))
-            kept = param.part == "per_layer_embedding"
-            place(network, param.name, host(weight, device()) if kept else weight)
+            place(network, param.name, host(weight, device()) if param.looked_up else weight)
     return network.eval()
 
 
@@ -48,6 +48,7 @@ def random_weight(param: Param, format: str) -> Tensor | QuantTensor:
     if not param.quantize:
         return calm_tensor(param.name, param.shape, dtype=torch.bfloat16).to(device())
     *rows, width = param.shape
+    format = param.format("bfloat16", format).name
     if not FORMATS[format].quantized:
         draw = torch.randn(min(param.count, 1 << 20)).mul_(width**-0.5).to(torch.bfloat16)
         return _repeated(draw, param.shape)
@@ -78,7 +79,7 @@ def weight_bytes(network: Gemma4) -> int:
     total = 0
     for param in parameters(network.config):
         owner, _, leaf = param.name.rpartition(".")
-        if param.part == "per_layer_embedding" or param.part in ("vision", "audio"):
+        if param.looked_up or param.part in ("vision", "audio"):
             continue
         value = getattr(network.get_submodule(owner), leaf)
         taken = 1.0

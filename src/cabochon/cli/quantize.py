@@ -54,14 +54,16 @@ def quantize(
 
     It is loaded again, and how far its predictions moved is said.
     """
+    from ..formats import QUANTIZED
     from ..llm.loading import open_named
     from ..weights import convert
-    from ..weights.params import parameters
+    from ..weights.params import as_kept, parameters
 
     found, name = open_named(model)
     err = Console(stderr=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task(f"writing {out}", total=len(parameters(found.config)))
+        kept = as_kept(found.config, format) if format in QUANTIZED else found.config
+        bar = progress.add_task(f"writing {out}", total=len(parameters(kept)))
 
         def tick() -> None:
             progress.advance(bar)
@@ -122,6 +124,7 @@ def inspect(
     from ..weights.checkpoint import open_checkpoint
     from ..weights.gguf_source import GGUFSource
     from ..weights.own import OwnSource
+    from ..weights.params import own_format
     from ..weights.scheme_source import SchemeSource
 
     path = hub.locate(model)
@@ -139,7 +142,7 @@ def inspect(
         case GGUFSource():
             then = "Q4_0 matrices enter as int4, all others are expanded"
         case OwnSource():
-            then = f"matrices enter as {source.format}"
+            then = f"matrices enter as {own_format(found.config)}"
         case SchemeSource():
             then = f"{source.scheme.name} is expanded to {found.config.dtype}; --quantization rounds it anew"
         case _:
@@ -152,22 +155,23 @@ def _classes(found: Checkpoint) -> dict[tuple[str, str], tuple[int, int]]:
     """(part, stored format) -> tensors and bytes, from headers only."""
     from ..weights.gguf_source import GGUFSource
     from ..weights.own import OwnSource
-    from ..weights.params import parameters
+    from ..weights.params import as_kept, parameters
     from ..weights.safetensors import SafetensorsSource
     from ..weights.scheme_source import SchemeSource
 
     source = found.source
     sums: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     shapes = source.shapes()
-    for param in parameters(found.config, unused=True):
-        name = next((n for n in (param.hf, *param.also) if n in shapes), None)
-        if name is None:
-            continue
+    named: dict[str, Param] = {}
+    for param in parameters(as_kept(found.config, None), unused=True):
+        if name := next((n for n in (param.hf, *param.also) if n in shapes), None):
+            named.setdefault(name, param)
+    for name, param in named.items():
         match source:
             case GGUFSource():
                 stored = source.formats()[name]
             case OwnSource() if name in source.logical:
-                stored = str(source.format)
+                stored = source.format(name)
             case SchemeSource() if name not in source.plain:
                 stored = source.scheme.name
             case SafetensorsSource():

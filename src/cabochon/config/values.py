@@ -76,6 +76,9 @@ class TextConfig:
     two_way_spans: bool
     """Image and video spans see each other on sliding layers (use_bidirectional_attention: vision)."""
     max_position_embeddings: int
+    tied: bool = True
+    """The head multiplies with the table that rows are looked up in, as in every published file. False: in a format of
+    its own (`weights.params.as_kept`)."""
 
 
 @dataclass(frozen=True, slots=True)

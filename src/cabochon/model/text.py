@@ -23,7 +23,7 @@ from .layers import Embedding, Linear, RMSNorm
 
 
 class Text(nn.Module):
-    """Embedding, layers, final norm and the tied head."""
+    """Embedding, layers, final norm and the head, which is the embedding again unless the config has them apart."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -32,6 +32,7 @@ class Text(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, width)
         self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(spec, width, eps) for spec in config.layers))
         self.norm = RMSNorm(width, eps)
+        self.lm_head = None if config.tied else Linear(width, config.vocab_size)
         self.last_reader = {spec.reads_kv_of: spec.index for spec in config.layers}
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
@@ -98,4 +99,5 @@ class Text(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, D] -> [L, V] float32."""
-        return ops.head(hidden, self.embed_tokens.weight, self.config.final_logit_softcapping)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return ops.head(hidden, head.weight, self.config.final_logit_softcapping)

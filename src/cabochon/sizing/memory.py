@@ -12,9 +12,9 @@ from typing import Literal
 
 from ..config import Kind, ModelConfig, UnifiedVisionConfig
 from ..errors import InputError
-from ..formats import FORMATS
+from ..formats import FORMATS, Format
 from ..kv.layout import CacheDtype, KVGroup, bytes_read, kv_groups, plan_pages, request_pages, token_bytes
-from ..weights.params import Param, Part, parameters
+from ..weights.params import Param, Part, as_kept, parameters
 from .hardware import Hardware
 
 Place = Literal["device", "host"]
@@ -123,7 +123,7 @@ class Memory:
 def measure(
     config: ModelConfig, work: Workload, hardware: Hardware | None = None, drafter: ModelConfig | None = None
 ) -> Memory:
-    """The memory that `work` takes. On a GPU, per-layer embeddings lie in host memory.
+    """The memory that `work` takes. On a GPU, tables that are only looked up lie in host memory.
 
     Raises:
         InputError: the context is longer than the model's, or the model can't be split over so many ranks.
@@ -172,16 +172,15 @@ def _weights(
     away: bool,
 ) -> tuple[WeightPart, ...]:
     parts: dict[Part, WeightPart] = {}
-    for param in (*parameters(config), *(parameters(drafter) if drafter else ())):
-        asked = stored_as(param, quantization, kept)
-        size = param.nbytes(dtype, asked)
+    for param in (*parameters(as_kept(config, quantization)), *(parameters(drafter) if drafter else ())):
+        format = stored_as(param, dtype, quantization, kept)
+        size = param.bytes_in(format)
         split = is_split(param, config, ranks)
         mine = size // ranks if split else size
-        place: Place = "host" if away and param.part == "per_layer_embedding" else "device"
-        format = param.format(dtype, asked).name
-        empty = WeightPart(param.part, 0, 0, 0, format, place)
+        place: Place = "host" if away and param.looked_up else "device"
+        empty = WeightPart(param.part, 0, 0, 0, format.name, place)
         old = parts.get(param.part, empty)
-        named = format if param.quantize else old.format
+        named = format.name if param.quantize else old.format
         parts[param.part] = WeightPart(
             old.part,
             old.parameters + param.count,
@@ -193,9 +192,9 @@ def _weights(
     return tuple(parts.values())
 
 
-def stored_as(param: Param, quantization: str | None, kept: frozenset[str]) -> str | None:
-    """The quantised format that `param` has in memory; None: the type that the model runs in."""
-    return quantization or ("int4" if param.name in kept else None)
+def stored_as(param: Param, dtype: str, quantization: str | None, kept: frozenset[str]) -> Format:
+    """What `param` is kept in in memory when the model runs in `dtype`."""
+    return FORMATS["int4"] if quantization is None and param.name in kept else param.format(dtype, quantization)
 
 
 def is_split(param: Param, config: ModelConfig, ranks: int) -> bool:

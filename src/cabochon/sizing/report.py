@@ -11,7 +11,8 @@ from .units import gib, kilo
 PART_NAMES: dict[Part, str] = {
     "text": "text layers",
     "experts": "experts",
-    "embedding": "embedding and head",
+    "embedding": "embedding",
+    "head": "head",
     "per_layer_embedding": "per-layer embeddings",
     "vision": "vision",
     "audio": "audio",

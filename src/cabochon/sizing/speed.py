@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from ..config import ModelConfig
 from ..kv.layout import bytes_read
-from ..weights.params import Param, parameters
+from ..weights.params import Param, as_kept, parameters
 from .hardware import Hardware
 from .memory import Workload, is_split, stored_as, value_bytes
 
@@ -62,7 +62,7 @@ def step_seconds(config: ModelConfig, work: Workload, hardware: Hardware, batch:
     """One step in which each of `batch` users gets `tokens` tokens verified at the workload's context."""
     rows = batch * tokens
     read = operations = 0.0
-    for param in _multiplied(config):
+    for param in _multiplied(config, work.quantization):
         size, share = _mine(param, config, work), _share(param, config)
         read += size * _distinct(param, config, rows)
         operations += 2 * rows * param.count * share / (work.ranks if is_split(param, config, work.ranks) else 1)
@@ -76,7 +76,7 @@ def prefill_seconds(
 ) -> float:
     """One step over `batch` prompts of `length` tokens. Layers that share keys and values run for last tokens only."""
     read = operations = 0.0
-    for param in _multiplied(config):
+    for param in _multiplied(config, work.quantization):
         rows = batch * (1 if _for_wanted_rows_only(param, config) else length)
         read += _mine(param, config, work) * _distinct(param, config, rows)
         split = work.ranks if is_split(param, config, work.ranks) else 1
@@ -93,7 +93,7 @@ def draft_seconds(drafter: ModelConfig, work: Workload, hardware: Hardware, batc
     for param in parameters(drafter):
         if len(param.shape) > 1:
             share = looked_at if param.name == "embed_tokens.weight" else 1.0
-            read += share * param.nbytes(work.dtype, stored_as(param, work.quantization, work.kept))
+            read += share * param.bytes_in(stored_as(param, work.dtype, work.quantization, work.kept))
             operations += 2 * batch * share * param.count
     return max(read / hardware.bandwidth, operations / hardware.rate(work.quantization))
 
@@ -118,17 +118,19 @@ def attention_operations(config: ModelConfig, work: Workload) -> float:
 
 def active_parameters(config: ModelConfig) -> int:
     """Parameters that one token is multiplied with: matrices, its experts' share, the head once."""
-    return round(sum(param.count * _share(param, config) for param in _multiplied(config)))
+    return round(sum(param.count * _share(param, config) for param in _multiplied(config, None)))
 
 
 @lru_cache(maxsize=16)
-def _multiplied(config: ModelConfig) -> tuple[Param, ...]:
-    """Matrices of the text network (the tied embedding is the head); tables that are only looked up are left out."""
-    return tuple(p for p in parameters(config) if p.part in ("text", "experts", "embedding") and len(p.shape) > 1)
+def _multiplied(config: ModelConfig, quantization: str | None) -> tuple[Param, ...]:
+    """Matrices of the text network (a tied embedding is the head); tables that are only looked up are left out."""
+    table = parameters(as_kept(config, quantization))
+    matrices = (p for p in table if p.part not in ("vision", "audio") and len(p.shape) > 1)
+    return tuple(param for param in matrices if not param.looked_up)
 
 
 def _mine(param: Param, config: ModelConfig, work: Workload) -> float:
-    size = param.nbytes(work.dtype, stored_as(param, work.quantization, work.kept))
+    size = param.bytes_in(stored_as(param, work.dtype, work.quantization, work.kept))
     return size / work.ranks if is_split(param, config, work.ranks) else float(size)
 
 
@@ -144,7 +146,7 @@ def _distinct(param: Param, config: ModelConfig, rows: int) -> float:
 
 
 def _for_wanted_rows_only(param: Param, config: ModelConfig) -> bool:
-    if param.part == "embedding":
+    if param.part in ("embedding", "head"):
         return True
     if ".layers." not in param.name:
         return False

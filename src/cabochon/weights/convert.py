@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from ..quant import QuantTensor, dequantize
 from . import compressed, gguf_write, own
 from .checkpoint import Checkpoint
 from .load import Source
-from .params import Param, parameters
+from .params import Param, as_kept, parameters
 
 FORMATS = (*QUANTIZED, *(f"gguf:{f}" for f in gguf_write.FORMATS), *(f"ct:{f}" for f in compressed.FORMATS))
 """int8, int4: ours. gguf:...: one file for llama.cpp. ct:...: a compressed-tensors folder for vLLM."""
@@ -93,7 +94,8 @@ def _write_folder(
     if kind == "ct":
         compressed.save_compressed(out, found.config, _all(found, tick), inner)
     else:
-        own.save_own(out, found.config, rounded or _all(found, tick), kind)
+        kept = replace(found, config=as_kept(found.config, kind))
+        own.save_own(out, found.config, rounded or _all(kept, tick), kind)
     for file in _BESIDE:
         if found.folder is not None and (found.folder / file).is_file():
             shutil.copy(found.folder / file, out / file)

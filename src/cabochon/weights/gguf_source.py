@@ -31,7 +31,7 @@ class GGUFSource:
         self.parts: dict[str, list[GGUFTensor]] = {}
         self.params: dict[str, Param] = {}
         table = parameters(config, unused=True)
-        known = {"output.weight" if p.hf == "lm_head.weight" else p.gguf: p for p in table}
+        known = {param.gguf: param for param in table}
         for name, tensor in file.tensors.items():
             if name in _OURS_TO_MAKE:
                 continue

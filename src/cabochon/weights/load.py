@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -61,12 +61,12 @@ def fill(
     device: torch.device | str = "cpu",
     convert: Convert | None = None,
     progress: Progress | None = None,
-    keep_on_cpu: Collection[str] = (),
+    rows_on_host: bool = False,
 ) -> None:
     """Give `module` (built on meta) its weights, of type `dtype` on `device`, ready for inference (no gradients).
 
-    Parts that the module was built without are passed over. `keep_on_cpu` names parts (`params.Part`) that stay in host
-    memory where a GPU can read it, such as the per-layer embeddings. Raises `CheckpointError` naming every tensor that
+    Parts that the module was built without are passed over. With `rows_on_host` tables that are only looked up stay in
+    host memory where a GPU can read it. Raises `CheckpointError` naming every tensor that
     doesn't fit.
     """
     wanted = set(module.state_dict())
@@ -81,8 +81,7 @@ def fill(
             tensor = tensor.to(dtype)
         if convert is not None:
             tensor = convert(param, tensor)
-        kept = param.part in keep_on_cpu
-        place(module, param.name, host(tensor, device) if kept else _to(tensor, device))
+        place(module, param.name, host(tensor, device) if rows_on_host and param.looked_up else _to(tensor, device))
         done += source.nbytes(name)
         if progress is not None:
             progress(done, total)
@@ -104,18 +103,19 @@ def _expected(source: Source, plan: list[tuple[Param, str]]) -> Iterator[tuple[P
 def quantizer(format: str | None, *, panels: bool) -> Convert:
     """Matrices become `format` as they come in (None: they keep theirs); with `panels` in the CPU kernels' layout.
 
-    Per-layer embeddings are looked up by row and never multiplied, so they stay in rows.
+    What is looked up by row and never multiplied stays in rows.
     """
     arena = Arena()
 
     def convert(param: Param, tensor: Tensor | QuantTensor) -> Tensor | QuantTensor:
-        layout: Layout = "panels" if panels and param.part != "per_layer_embedding" else "rows"
-        if isinstance(tensor, QuantTensor) and format not in (None, tensor.format):
+        layout: Layout = "panels" if panels and not param.looked_up else "rows"
+        wanted = param.format("bfloat16", format).name if format else None
+        if isinstance(tensor, QuantTensor) and wanted not in (None, tensor.format):
             tensor = dequantize(tensor)
         if isinstance(tensor, Tensor):
-            if format is None or not param.quantize:
+            if wanted is None or not param.quantize:
                 return tensor
-            return quantize(tensor, format, layout, arena if layout == "panels" else None)
+            return quantize(tensor, wanted, layout, arena if layout == "panels" else None)
         return pack(tensor, arena) if layout == "panels" else tensor
 
     return convert

@@ -1,9 +1,11 @@
 """Our own quantised folder: safetensors whose matrices are stored as the codes and scales that `quant` keeps in memory,
-so that the next load only maps and repacks. What isn't repacked, such as the tables of per-layer embeddings, stays in
-the file, and only rows that are looked up come into memory.
+so that the next load only maps and repacks. What isn't repacked, the tables that rows are looked up in, stays in the
+file, and only those rows come into memory.
 
-`x.weight` becomes `x.weight.codes` and `x.weight.scales`; config.json says
-`"quantization_config": {"quant_method": "cabochon", "format": "int4"}`. Everything else is stored in bfloat16.
+`x.weight` becomes `x.weight.codes` and `x.weight.scales`, whose types say which format it has; config.json says
+`"quantization_config": {"quant_method": "cabochon", "format": "int4"}`. With int4 `embed_tokens.weight` is the table
+that rows are looked up in, in eight bits, and `lm_head.weight` the same in four, for products; where the latter is
+missing one table serves both. Everything else is stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ..errors import CheckpointError
 from ..formats import FORMATS
 from ..ops.packing import quantize
 from ..quant import GROUP, QuantTensor
-from .params import OWN_METHOD, Param, Shape, own_format, parameters
+from .params import OWN_METHOD, Param, Shape, as_kept, parameters
 from .safetensors import SHARD_BYTES, SafetensorsSource, save
 
 
@@ -28,13 +30,14 @@ def save_own(
 ) -> None:
     """Write config.json and the weights of `config` in `format` (int8 or int4).
 
-    `tensors` are all its parameters; what is in `format` already stays as it is.
+    `tensors` are all its parameters as in `as_kept(config, format)`; what is quantised already stays as it is.
     """
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for param, tensor in tensors:
             if isinstance(tensor, QuantTensor) or param.quantize:
-                weight = tensor if isinstance(tensor, QuantTensor) else quantize(tensor, format)
+                wanted = param.format("bfloat16", format).name
+                weight = tensor if isinstance(tensor, QuantTensor) else quantize(tensor, wanted)
                 yield f"{param.hf}.codes", weight.codes
                 yield f"{param.hf}.scales", weight.scales
             else:
@@ -50,14 +53,13 @@ class OwnSource:
 
     def __init__(self, stored: SafetensorsSource, config: ModelConfig) -> None:
         self.stored, self.origin = stored, stored.origin
-        self.format = own_format(config)
-        self.logical = {p.hf: p.shape for p in parameters(config) if f"{p.hf}.codes" in stored.entries}
-        for name, shape in self.logical.items():
-            self._check(name, shape)
+        rows = parameters(as_kept(config, None))
+        self.logical = {p.hf: (p.shape, self._format(p.hf, p.shape)) for p in rows if f"{p.hf}.codes" in stored.entries}
 
     def shapes(self) -> dict[str, Shape]:
         parts = {f"{name}.{part}" for name in self.logical for part in ("codes", "scales")}
-        return self.logical | {name: shape for name, shape in self.stored.shapes().items() if name not in parts}
+        plain = {name: shape for name, shape in self.stored.shapes().items() if name not in parts}
+        return {name: shape for name, (shape, _) in self.logical.items()} | plain
 
     def nbytes(self, name: str) -> int:
         return sum(self.stored.nbytes(part) for part in self._parts(name))
@@ -69,22 +71,30 @@ class OwnSource:
     def _parts(self, name: str) -> tuple[str, ...]:
         return (f"{name}.codes", f"{name}.scales") if name in self.logical else (name,)
 
+    def format(self, name: str) -> str:
+        """Of the quantised weight `name`."""
+        return self.logical[name][1]
+
     def read(self, name: str) -> Tensor | QuantTensor:
         if name not in self.logical:
             return self.stored.read(name)
-        assert self.format is not None
-        codes, scales = self.stored.mapped(f"{name}.codes"), self.stored.mapped(f"{name}.scales")
-        return QuantTensor(codes, scales, self.format, self.logical[name])
+        shape, format = self.logical[name]
+        codes, scales = (self.stored.mapped(part) for part in self._parts(name))
+        return QuantTensor(codes, scales, format, shape)
 
-    def _check(self, name: str, shape: Shape) -> None:
+    def _format(self, name: str, shape: Shape) -> str:
+        """What the stored codes and scales of a weight of `shape` are."""
         *rows, width = shape
-        groups = FORMATS[str(self.format)].groups(width)
-        wanted = {
-            "int8": (("I8", shape), ("F32", tuple(rows))),
-            "int4": (("U8", (*rows, groups, GROUP // 2)), ("F16", (*rows, groups))),
-        }[str(self.format)]
+        groups = FORMATS["int4"].groups(width)
+        known = {
+            "int8": [("I8", shape), ("F32", tuple(rows))],
+            "int4": [("U8", (*rows, groups, GROUP // 2)), ("F16", (*rows, groups))],
+        }
         stored = (self.stored.entries.get(f"{name}.{part}") for part in ("codes", "scales"))
-        if tuple((entry.dtype, entry.shape) if entry else None for entry in stored) != wanted:
-            raise CheckpointError(
-                f"{self.origin}: codes and scales of {name} are no {self.format} of {list(shape)}; write it again."
-            )
+        found = [(entry.dtype, entry.shape) for entry in stored if entry]
+        for format, parts in known.items():
+            if found == parts:
+                return format
+        raise CheckpointError(
+            f"{self.origin}: codes and scales of {name} are no {' or '.join(known)} of {list(shape)}; write it again."
+        )

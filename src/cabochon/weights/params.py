@@ -24,7 +24,7 @@ from ..config import (
 from ..errors import CheckpointError, brief
 from ..formats import FORMATS, QUANTIZED, Format
 
-Part = Literal["text", "experts", "embedding", "per_layer_embedding", "vision", "audio", "drafter"]
+Part = Literal["text", "experts", "embedding", "head", "per_layer_embedding", "vision", "audio", "drafter"]
 Shape = tuple[int, ...]
 OWN_METHOD = "cabochon"
 """What `quantization_config.quant_method` says in folders of our own (`weights.own`)."""
@@ -48,6 +48,8 @@ class Param:
     """Axis along which tensor-parallel ranks split it; None: each has it whole."""
     quantize: bool = False
     """May be kept in a quantised format."""
+    looked_up: bool = False
+    """Never multiplied: rows are looked up, of which a step needs as many as it has tokens."""
     used: bool = True
     """False: in published files, but no computation reads it."""
     integer: bool = False
@@ -59,11 +61,18 @@ class Param:
 
     def format(self, base: str, quantization: str | None = None) -> Format:
         """What it is kept in when the model runs in `base` ("bfloat16", ...) with its matrices in `quantization`."""
-        return FORMATS[quantization if quantization and self.quantize else base]
+        if not quantization or not self.quantize:
+            return FORMATS[base]
+        kept = FORMATS[quantization]
+        return FORMATS[kept.looked_up] if kept.looked_up and self.looked_up and self.part == "embedding" else kept
 
     def nbytes(self, base: str, quantization: str | None = None) -> int:
         """Bytes in memory, scales included."""
-        return 8 * self.count if self.integer else self.format(base, quantization).bytes(self.shape or (1,))
+        return self.bytes_in(self.format(base, quantization))
+
+    def bytes_in(self, format: Format) -> int:
+        """Bytes in memory in `format`."""
+        return 8 * self.count if self.integer else format.bytes(self.shape or (1,))
 
 
 def own_format(config: ModelConfig) -> str | None:
@@ -81,6 +90,17 @@ def own_format(config: ModelConfig) -> str | None:
     return str(said["format"])
 
 
+def as_kept(config: ModelConfig, quantization: str | None) -> ModelConfig:
+    """`config` with its matrices in `quantization` (None: as stored): the head may then be a matrix of its own.
+
+    A drafter's table is its head only.
+    """
+    format = quantization or own_format(config)
+    if config.drafter is not None or format is None:
+        return config
+    return replace(config, text=replace(config.text, tied=FORMATS[format].looked_up is None))
+
+
 def parameters(config: ModelConfig, *, unused: bool = False) -> tuple[Param, ...]:
     """The table of a checkpoint, in the order of the network; with `unused` also what is stored for nothing."""
     rows = _drafter(config, config.drafter) if config.drafter else _model(config)
@@ -91,7 +111,6 @@ def _model(config: ModelConfig) -> Iterator[Param]:
     width = config.text.hidden_size
     flat = config.model_type == "gemma4_text"
     yield from _text(config, "language_model.", "model." if flat else "model.language_model.")
-    yield Param("lm_head.weight", (config.text.vocab_size, width), "lm_head.weight", "embedding", used=False)
     if isinstance(config.vision, VisionConfig):
         yield from _vision(config.vision, width)
     elif config.vision is not None:
@@ -129,12 +148,13 @@ class _Place:
 def _text(config: ModelConfig, ours: str, hf: str) -> Iterator[Param]:
     """Embeddings, layers and final norm; `ours` and `hf` are the prefixes of the two namings."""
     text, width, at = config.text, config.text.hidden_size, _Place(ours, hf)
-    yield at.matrix("embed_tokens.weight", (text.vocab_size, width), "token_embd.weight", part="embedding", shard=0)
+    table = at.matrix("embed_tokens.weight", (text.vocab_size, width), "token_embd.weight", part="embedding", shard=0)
+    yield replace(table, looked_up=not text.tied)
     if ple := text.hidden_size_per_layer_input:
         packed = len(text.layers) * ple
-        table = (text.vocab_size_per_layer_input, packed)
-        name = "embed_tokens_per_layer.weight"
-        yield at.matrix(name, table, "per_layer_token_embd.weight", part="per_layer_embedding")
+        shape, name = (text.vocab_size_per_layer_input, packed), "embed_tokens_per_layer.weight"
+        rows = at.matrix(name, shape, "per_layer_token_embd.weight", part="per_layer_embedding")
+        yield replace(rows, looked_up=True)
         yield at.matrix("per_layer_model_projection.weight", (packed, width), "per_layer_model_proj.weight")
         yield at.vector("per_layer_projection_norm.weight", (ple,), "per_layer_proj_norm.weight")
     for spec in text.layers:
@@ -142,6 +162,11 @@ def _text(config: ModelConfig, ours: str, hf: str) -> Iterator[Param]:
             spec, width, _Place(f"{ours}layers.{spec.index}.", f"{hf}layers.{spec.index}.", f"blk.{spec.index}.")
         )
     yield at.vector("norm.weight", (width,), "output_norm.weight")
+    if config.drafter is None:
+        name, apart = "lm_head.weight", not text.tied
+        head = Param(ours + name, table.shape, name, "head", "output.weight", shard=0, quantize=apart, used=apart)
+        # Some writers store a copy of the table; elsewhere the table itself is what the head is made from.
+        yield replace(head, also=(table.hf,)) if apart else head
 
 
 def _layer(spec: LayerSpec, width: int, at: _Place) -> Iterator[Param]:
