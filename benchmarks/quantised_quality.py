@@ -10,7 +10,8 @@ The formats `calibrated:...` are rounded with other exercises: the last hundred 
 answered by the model itself. So N is at most 400.
 
 Two formats meet the same exercises, so what counts is which of them each got right: the interval beside a task is that
-of the difference of two shares in pairs, (won - lost) / n with variance (won + lost - (won - lost)^2 / n) / n^2.
+of the difference of two shares in pairs, (won - lost) / n with variance (won + lost - (won - lost)^2 / n) / n^2. The row
+`float32` has the same weights and finer arithmetic: by what it differs, no format is to blame.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from cabochon.weights.checkpoint import open_checkpoint
 DOC = Path(__file__).parent.parent / "docs" / "numerics.md"
 MARKS = ("<!-- quality per format -->", "<!-- end of quality per format -->")
 CALIBRATED = "calibrated:"
-FORMATS = ("bfloat16", "int8", "calibrated:int8", "int4", "calibrated:int4", *convert.FORMATS[2:], "nf4")
+PLAIN = ("bfloat16", "float32")
+FORMATS = (*PLAIN, "int8", "calibrated:int8", "int4", "calibrated:int4", *convert.FORMATS[2:], "nf4")
 APART = 400
 """Exercises of a task that may be scored; those behind them calibrate."""
 
@@ -71,7 +73,7 @@ class Result:
 
 def make(format: str, place: Path, exercises: list[evaluate.Exercise]) -> Path:
     """The bundled checkpoint in `format`; `exercises` are those that calibrate."""
-    if format == "bfloat16":
+    if format in PLAIN:
         return BUNDLED
     out = place / (f"{format[5:]}.gguf" if format.startswith("gguf:") else format.replace(":", "-"))
     if format == "nf4":
@@ -125,7 +127,7 @@ def measure(limit: int, formats: list[str]) -> list[Result]:
     with tempfile.TemporaryDirectory() as place:
         for format in formats:
             path = make(format, Path(place), calibrating)
-            loaded = load(path, "cpu", "bfloat16")
+            loaded = load(path, "cpu", format if format in PLAIN else "bfloat16")
             other = log_probabilities(loaded, batch)
             earned = plain if format == "bfloat16" else credits(loaded, exercises)
             weights = [path] if path.is_file() else path.glob("*.safetensors")

@@ -209,4 +209,4 @@ def test_the_page_says_what_every_format_costs():
     """`benchmarks/quantised_quality.py --write` was run since a format was added."""
     page = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
     told = set(re.findall(r"^\| `([\w:]+)` \| [\d.]+ \| \d", page, re.MULTILINE))
-    assert told == {"bfloat16", "calibrated:int8", "calibrated:int4", *convert.FORMATS, "nf4"}
+    assert told == {"bfloat16", "float32", "calibrated:int8", "calibrated:int4", *convert.FORMATS, "nf4"}
