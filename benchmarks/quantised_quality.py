@@ -10,7 +10,7 @@ The formats `calibrated:...` are rounded with other exercises: the last hundred 
 answered by the model itself. So N is at most 400.
 
 Two formats meet the same exercises, so what counts is which of them each got right: the interval beside a task is that
-of the difference of two shares in pairs, (won - lost) / n with variance (won + lost - (won - lost)^2 / n) / n^2. The row
+of the difference of two shares in pairs, (won - lost) / n with variance (won + lost - (won - lost)^2 / n) / n^2.
 `float32` has the same weights and finer arithmetic: by what it differs, no format is to blame.
 """
 
