@@ -94,7 +94,7 @@ def kl(reference, logits):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bfloat16_is_as_near_to_float64_as_the_reference_in_bfloat16(size):
+def test_bfloat16_is_nearer_to_float64_than_the_reference_in_bfloat16(size):
     model, ours, theirs = llm(size, torch.bfloat16, max_num_batched_tokens=32), [], []
     for seed in range(12):
         ids = random_ids(LENGTH, seed=seed)
@@ -106,4 +106,4 @@ def test_bfloat16_is_as_near_to_float64_as_the_reference_in_bfloat16(size):
     middle = torch.median if size == "26B-A4B" else torch.mean
     mine, its = float(middle(torch.cat(ours))), float(middle(torch.cat(theirs)))
     print(f"{size}: {middle.__name__} KL {mine:.2e}, reference {its:.2e}, ratio {mine / its:.2f}")
-    assert mine <= 1.2 * its
+    assert mine <= 0.7 * its

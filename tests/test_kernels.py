@@ -191,6 +191,31 @@ def test_rms_norm(weighted, width, dtype, random):
     assert_close(ops.rms_norm(x, weight, 1e-6), expected, dtype)
 
 
+@pytest.mark.parametrize("width", [1, 70, 1536])
+def test_rms_norm_of_a_wider_stream_has_the_type_of_the_weight(width, random):
+    x, weight = torch.randn(3, 5, width, generator=random), torch.randn(width, generator=random).bfloat16()
+    got = ops.rms_norm(x, weight, 1e-6)
+    assert got.dtype == torch.bfloat16
+    assert_close(got, reference.rms_norm(x.double(), weight.double(), 1e-6), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 72, 1152])
+@pytest.mark.parametrize("onto", [None, "alike", "float32"])
+def test_settle(onto, width, dtype, random):
+    x, weight = (
+        (torch.randn(3, 5, width, generator=random) * 2).to(dtype),
+        torch.randn(width, generator=random).to(dtype),
+    )
+    kind = torch.float32 if onto == "float32" else dtype
+    residual = torch.randn(3, 5, width, generator=random).to(kind) if onto else None
+    wide = None if residual is None else residual.double()
+    for options in ({}, {"bound": 0.5, "share": 0.5}):
+        got = ops.settle(x, weight, 1e-6, onto=residual, **options)
+        assert got.dtype == kind
+        assert_close(got, reference.settle(x.double(), weight.double(), 1e-6, onto=wide, **options), kind)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [16, 70])
 def test_per_layer_inputs_are_those_of_their_steps(width, dtype, random):
@@ -226,7 +251,9 @@ def test_embed_gives_the_bits_of_its_definition(shape, format, layout, dtype, ra
     rows = quantize(torch.randn(shape, generator=random).to(dtype), format)
     table = pack(rows) if layout == "panels" else rows
     ids = torch.randint(shape[0], (2, 9), generator=random)
-    assert torch.equal(ops.embed(ids, table, 7.3), reference.embed(ids.flatten(), rows, 7.3).unflatten(0, (2, 9)))
+    for kind in (None, torch.float32):
+        expected = reference.embed(ids.flatten(), rows, 7.3, kind).unflatten(0, (2, 9))
+        assert torch.equal(ops.embed(ids, table, 7.3, kind), expected)
     with pytest.raises(IndexError, match="no such row"):
         ops.embed(ids + shape[0], table, 1.0)
 
@@ -236,7 +263,8 @@ def test_embed_gives_the_bits_of_its_definition(shape, format, layout, dtype, ra
 def test_embed_of_a_dense_table_gives_the_bits_of_its_definition(shape, count, dtype, random):
     table = torch.randn(shape, generator=random).to(dtype)
     ids = torch.randint(shape[0], (count,), generator=random)
-    assert torch.equal(ops.embed(ids, table, 7.3), reference.embed(ids, table, 7.3))
+    for kind in (None, torch.float32):
+        assert torch.equal(ops.embed(ids, table, 7.3, kind), reference.embed(ids, table, 7.3, kind))
     for wrong in (shape[0], -1):
         with pytest.raises(IndexError, match="no such row"):
             ops.embed(torch.tensor([0, wrong]), table, 1.0)

@@ -109,16 +109,6 @@ def test_spin_tells_what_it_multiplied():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("width", [1, 72, 1152])
-@pytest.mark.parametrize("onto", [False, True])
-def test_settle(onto, width, dtype):
-    x, weight = (torch.randn(3, 5, width) * 2).to(dtype), torch.randn(width).to(dtype)
-    residual = torch.randn(3, 5, width).to(dtype) if onto else None
-    agree("settle", dtype, x, weight, 1e-6, onto=residual)
-    agree("settle", dtype, x, weight, 1e-6, bound=0.5, onto=residual, share=0.5)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "head"), [(2, 72), (3, 64), (1, 8)])
 def test_turn(heads, head, dtype):
     x, weight = torch.randn(2, 7, heads, head).to(dtype), torch.randn(head).to(dtype)

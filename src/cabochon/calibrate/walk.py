@@ -216,14 +216,14 @@ def _stages(layer: Layer, stream: _Stream, k_weight: Tensor | None) -> Iterator[
     """`Layer.forward` on a stream, which stops before every product whose matrix is to be rounded and hands out its
     inputs: the matrix may be another one when it goes on."""
     spec, attn, x, batch = layer.spec, layer.self_attn, stream.x, stream.batch
-    angles = angles_by_kind([spec], batch.rows.position, x.dtype)[spec.kind]
+    angles = angles_by_kind([spec], batch.rows.position, layer.input_layernorm.weight.dtype)[spec.kind]
     normed = layer.input_layernorm(x)
     yield Inputs(normed)
     if spec.owns_kv:
         stream.step[spec.index] = attn.kv_rows(normed, angles)
     read = attn.heads(normed, stream.step[spec.reads_kv_of], batch.view(spec, False), angles, k_weight)
     yield Inputs(read)
-    x = x + layer.post_attention_layernorm(attn.o_proj(read))
+    x = layer.post_attention_layernorm.settle(attn.o_proj(read), onto=x)
     normed = layer.pre_feedforward_layernorm(x)
     yield Inputs(normed)
     mlp = layer.mlp

@@ -1,7 +1,8 @@
 """The decoder layer of text network and drafter: attention, dense MLP with experts beside it, per-layer embedding.
 
-Unusual here: attention is handed the step's rows of keys and values, its own or those of the layer it shares with, and
-the pages of what came before; it writes neither.
+Unusual here: the residual stream is float32 at least, whatever type the weights have: rounding it to bfloat16 three
+times a layer costs more than all other roundings together (docs/numerics.md). Attention is handed the step's rows of
+keys and values, its own or those of the layer it shares with, and the pages of what came before; it writes neither.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from ..ops.views import View
 from .layers import Linear, RMSNorm, rope_angles
 
 Angles = tuple[Tensor, Tensor]
+
+
+def residual_type(weights: torch.dtype) -> torch.dtype:
+    """The type of the residual stream between layers whose weights have another."""
+    return torch.promote_types(weights, torch.float32)
 
 
 def angles_by_kind(layers: Iterable[LayerSpec], position: Tensor, dtype: torch.dtype) -> dict[Kind, Angles]:
@@ -185,7 +191,7 @@ class Layer(nn.Module):
         angles: Angles,
         k_weight: Tensor | None,
     ) -> Tensor:
-        """`x` [Q, D] -> [Q, D].
+        """`x` [Q, D] -> [Q, D], of the type that `residual_type` says.
 
         Args:
             step: rows of the step's tokens [T, K, W] by the layer that stores them; this layer's are added.
@@ -195,8 +201,8 @@ class Layer(nn.Module):
         normed = self.input_layernorm(x)
         if spec.owns_kv:
             step[spec.index] = attn.kv_rows(normed, angles)
-        x = x + self.post_attention_layernorm(attn(normed, step[spec.reads_kv_of], view, angles, k_weight))
-        x = self.feed_forward(x)
+        y = attn(normed, step[spec.reads_kv_of], view, angles, k_weight)
+        x = self.feed_forward(self.post_attention_layernorm.settle(y, onto=x))
         if ple is not None:
             x = self.per_layer_input(x, ple)
         return x * self.layer_scalar
@@ -206,8 +212,8 @@ class Layer(nn.Module):
         if self.spec.experts:
             routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
             y = self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(routed)
-        return x + self.post_feedforward_layernorm(y)
+        return self.post_feedforward_layernorm.settle(y, onto=x)
 
     def per_layer_input(self, x: Tensor, ple: Tensor) -> Tensor:
-        gate = nn.functional.gelu(self.per_layer_input_gate(x), approximate="tanh")
-        return x + self.post_per_layer_input_norm(self.per_layer_projection(gate * ple))
+        gate = nn.functional.gelu(self.per_layer_input_gate(x.to(ple.dtype)), approximate="tanh")
+        return self.post_per_layer_input_norm.settle(self.per_layer_projection(gate * ple), onto=x)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import READS_TARGET, DrafterConfig, Kind, ModelConfig
 from ..ops.views import Pages, Past, Rows, View
-from .decoder import Angles, Layer, angles_by_kind
+from .decoder import Angles, Layer, angles_by_kind, residual_type
 from .fused import Calls, run_layer
 from .layers import Embedding, Linear, RMSNorm
 from .text import Text
@@ -99,7 +99,7 @@ class Drafter(nn.Module):
     def _run(
         self, embedded: Tensor, hidden: Tensor, stored: Stored, angles: Mapping[Kind, Angles]
     ) -> tuple[Tensor, Tensor]:
-        x, calls = self.pre_projection(torch.cat([embedded, hidden], -1)), Calls()
+        x, calls = self.pre_projection(torch.cat([embedded, hidden], -1)).to(residual_type(hidden.dtype)), Calls()
         for layer in self.layers:
             kind = layer.spec.kind
             step = {READS_TARGET: stored.step[kind]}

@@ -79,13 +79,14 @@ class FusedLayer:
     """The addresses of a layer's weights, looked up once for activations like `x`."""
 
     def __init__(self, layer: Layer, x: Tensor) -> None:
-        self.spec, self.dtype, self.row_width = layer.spec, x.dtype, layer.self_attn.row_width
+        self.spec, self.row_width = layer.spec, layer.self_attn.row_width
+        self.dtype, self.residual = layer.input_layernorm.weight.dtype, x.dtype
         self.links = list(links(layer))
-        self.kernel = _kernel(layer, x)
+        self.kernel = _kernel(layer, self.dtype) if x.dtype == torch.float32 else None
 
     def current(self, x: Tensor) -> bool:
         """Are modules and weights still those that were looked up? Any of them may have been replaced or converted."""
-        return x.dtype == self.dtype and cpu.unchanged(self.links)
+        return x.dtype == self.residual and cpu.unchanged(self.links)
 
     def run(
         self,
@@ -99,13 +100,13 @@ class FusedLayer:
     ) -> Tensor | None:
         """`Layer.forward`, whose result is there when `calls` are made; None where the kernels can't."""
         spec, (cos, sin) = self.spec, angles
-        seen = cpu.seen_by(x.dtype, view)
-        if self.kernel is None or seen is None or cos.dtype != x.dtype:
+        seen = cpu.seen_by(self.dtype, view)
+        if self.kernel is None or seen is None or cos.dtype != self.dtype:
             return None
         if spec.k_eq_v and (k_weight is None or k_weight.dtype != cos.dtype):
             return None
         if spec.owns_kv:
-            step[spec.index] = x.new_empty(x.shape[0], spec.kv_heads, self.row_width)
+            step[spec.index] = cos.new_empty(x.shape[0], spec.kv_heads, self.row_width)
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         of_layer = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
         turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if k_weight is None else k_weight.data_ptr())
@@ -146,10 +147,10 @@ def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
     return known
 
 
-def _kernel(layer: Layer, x: Tensor) -> Any:
+def _kernel(layer: Layer, dtype: torch.dtype) -> Any:
     """The prepared call, or None when something in the layer is not what the kernel knows."""
     spec, attn = layer.spec, layer.self_attn
-    if spec.experts:
+    if spec.experts or dtype not in cpu.DTYPES:
         return None
     norms = [_module(layer, name) for name in _NORMS]
     products = [_module(layer, name) for name in _MATRICES]
@@ -158,11 +159,11 @@ def _kernel(layer: Layer, x: Tensor) -> Any:
     if any(type(product) not in (Linear, type(None)) for product in products):
         return None
     vectors = [None if norm is None else norm.weight for norm in norms] + [layer.layer_scalar]
-    if any(vector is not None and vector.dtype != x.dtype for vector in vectors):
+    if any(vector is not None and vector.dtype != dtype for vector in vectors):
         return None
     matrices = []
     for product in products:
-        matrix = _NOTHING if product is None else cpu.as_matrix(product.weight, x)
+        matrix = _NOTHING if product is None else cpu.as_matrix(product.weight, dtype)
         if matrix is None:
             return None
         matrices.append(matrix)
@@ -170,7 +171,7 @@ def _kernel(layer: Layer, x: Tensor) -> Any:
     together = ((query, key, value), (gate, up))  # they are multiplied with the same rounded activations
     if any(m != _NOTHING and m[0] != first[0] for first, *others in together for m in others):
         return None
-    head = (cpu.DTYPES[x.dtype], attn.eps, spec.q_heads, spec.head_dim)
+    head = (cpu.DTYPES[dtype], attn.eps, spec.q_heads, spec.head_dim)
     stored = (spec.kv_heads, attn.row_width, attn.key_offset, attn.value_offset, spec.window or 0)
     addresses = tuple(0 if vector is None else vector.data_ptr() for vector in vectors)
     return cpu.prepare_layer(head, addresses, tuple(matrices), stored)

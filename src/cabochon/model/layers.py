@@ -33,12 +33,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
 
-    def forward(self, ids: Tensor, scale: float) -> Tensor:
-        return ops.embed(ids, self.weight, scale)
+    def forward(self, ids: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+        return ops.embed(ids, self.weight, scale, dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a plain weight (w, not 1 + w)."""
+    """Root-mean-square norm over the last axis with a plain weight (w, not 1 + w), whose type the result has."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def settle(self, x: Tensor, *, bound: float = torch.inf, onto: Tensor | None = None, share: float = 1.0) -> Tensor:
-        """`onto + share *` the norm of `x` cut to +-`bound`."""
+        """`onto + share *` the norm of `x` cut to +-`bound`, in the type of `onto`."""
         return ops.settle(x, self.weight, self.eps, bound=bound, onto=onto, share=share)
 
 

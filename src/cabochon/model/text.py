@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import Kind, TextConfig
 from .batch import Batch
-from .decoder import Layer, angles_by_kind
+from .decoder import Layer, angles_by_kind, residual_type
 from .fused import Calls, run_layer
 from .layers import Embedding, Linear, RMSNorm
 
@@ -43,8 +43,9 @@ class Text(nn.Module):
             self.per_layer_projection_norm = RMSNorm(self.ple_width, eps)
 
     def embed(self, batch: Batch) -> Tensor:
-        """[T, D]; soft tokens take their places unscaled."""
-        x = self.embed_tokens(batch.token_ids, math.sqrt(self.config.hidden_size))
+        """The residual stream before the first layer [T, D]; soft tokens take their places unscaled."""
+        kind = residual_type(self.norm.weight.dtype)
+        x = self.embed_tokens(batch.token_ids, math.sqrt(self.config.hidden_size), kind)
         if batch.soft is not None:
             x = x.index_copy(0, batch.soft.index, batch.soft.features.to(x.dtype))
         return x
@@ -56,7 +57,7 @@ class Text(nn.Module):
         ids = batch.token_ids if batch.soft is None else batch.token_ids.index_fill(0, batch.soft.index, 0)
         token = self.embed_tokens_per_layer(ids, math.sqrt(self.ple_width))
         shape, norm = (len(self.layers), self.ple_width), self.per_layer_projection_norm
-        context = self.per_layer_model_projection(x).unflatten(-1, shape)
+        context = self.per_layer_model_projection(x.to(token.dtype)).unflatten(-1, shape)
         return ops.per_layer_inputs(
             context, token.unflatten(-1, shape), norm.weight, norm.eps, self.config.hidden_size**-0.5
         )
@@ -66,9 +67,9 @@ class Text(nn.Module):
 
         `kept` gets what the last owner of each kind stores of this step's tokens [T, K, W]: what a drafter reads.
         """
-        x = self.embed(batch)
+        x, kind = self.embed(batch), self.norm.weight.dtype
         ple = self.per_layer_inputs(x, batch)
-        angles = angles_by_kind(self.config.layers, batch.rows.position, x.dtype)
+        angles = angles_by_kind(self.config.layers, batch.rows.position, kind)
         step: dict[int, Tensor] = {}
         calls, skip = Calls(), False
         for i, layer in enumerate(self.layers):
@@ -77,7 +78,7 @@ class Text(nn.Module):
                 calls.make()
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]
-                angles = angles_by_kind(self.config.layers, batch.tail.position, x.dtype)
+                angles = angles_by_kind(self.config.layers, batch.tail.position, kind)
                 skip = True
             of_layer = None if ple is None else ple[:, i]
             k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None

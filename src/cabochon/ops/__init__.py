@@ -16,7 +16,7 @@ from torch import Tensor
 from . import cpu, gpu, reference, reference_drawing
 from .reference import Weight
 from .reference_towers import Clip, Halving
-from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, settle, subsample, turn
+from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, subsample, turn
 from .views import Pages, Past, Rows, ScaledPages, View
 
 __all__ = [
@@ -81,6 +81,7 @@ def _by(argument: int, op: Callable[P, R]) -> Callable[P, R]:
 linear = _by(0, reference.linear)
 embed = _by(0, reference.embed)
 rms_norm = _by(0, reference.rms_norm)
+settle = _by(0, reference.settle)
 per_layer_inputs = _by(0, reference.per_layer_inputs)
 cos_sin = _by(0, reference.cos_sin)
 rope = _by(0, reference.rope)

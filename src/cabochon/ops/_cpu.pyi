@@ -35,7 +35,9 @@ def experts(
     y: int,
     /,
 ) -> None: ...
-def norm(x: int, dtype: int, count: int, width: int, stride: int, weight: int, eps: float, y: int, /) -> None: ...
+def norm(
+    x: int, dtype: int, count: int, width: int, stride: int, weight: int, eps: float, y: int, to: int, /
+) -> None: ...
 def per_layer(
     x: int, dtype: int, count: int, width: int, onto: int, weight: int, eps: float, scale: float, y: int, /
 ) -> None: ...
@@ -123,6 +125,7 @@ def settle(
     bound: float,
     share: float,
     y: int,
+    to: int,
     /,
 ) -> None: ...
 def turn(

@@ -79,14 +79,15 @@ def ready(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and (knows(x) or (x.dtype == torch.long and x.is_cpu and on()))
 
 
-def as_matrix(weight: Weight, x: Tensor) -> _cpu.Matrix | None:
-    """What the kernels want to know of `weight` [.., O, I]; None when it is nothing for them."""
+def as_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix | None:
+    """What the kernels want to know of `weight` [.., O, I] for activations of `dtype`; None when it is nothing for
+    them."""
     rows, cols = weight.shape[-2:]
     if isinstance(weight, QuantTensor):
         if weight.layout != "panels":
             return None
         return FORMATS[weight.format], 0, weight.codes.data_ptr(), weight.scales.data_ptr(), rows, cols
-    if weight.dtype != x.dtype or not weight.is_contiguous():
+    if weight.dtype != dtype or not weight.is_contiguous():
         return None
     return 0, DTYPES[weight.dtype], weight.data_ptr(), 0, rows, cols
 
@@ -98,7 +99,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    matrix = as_matrix(weight, x)
+    matrix = as_matrix(weight, x.dtype)
     if matrix is None:
         return reference.linear(x, weight)
     rows, dtype = as_rows(x), DTYPES[x.dtype]
@@ -108,7 +109,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
-    matrix = as_matrix(weight, x)
+    matrix = as_matrix(weight, x.dtype)
     if matrix is None:
         return reference.head(x, weight, softcap)
     rows = as_rows(x)
@@ -120,7 +121,7 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
 
 
 def head_at(x: Tensor, weight: Weight, ids: Tensor) -> Tensor:
-    matrix = as_matrix(weight, x)
+    matrix = as_matrix(weight, x.dtype)
     if matrix is None or isinstance(weight, QuantTensor):
         return reference.head_at(x, weight, ids)
     rows, ids = as_rows(x), ids.contiguous()
@@ -131,7 +132,7 @@ def head_at(x: Tensor, weight: Weight, ids: Tensor) -> Tensor:
 
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    first, second, third = as_matrix(gate, x), as_matrix(up, x), as_matrix(down, x)
+    first, second, third = (as_matrix(weight, x.dtype) for weight in (gate, up, down))
     if first is None or second is None or third is None or first[0] != second[0]:
         return reference.gated_mlp(x, gate, up, down)
     rows, dtype = as_rows(x), DTYPES[x.dtype]
@@ -143,12 +144,12 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 def route(
     x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    scores = linear(rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5, proj)
-    return reference.choose(scores, per_expert_scale, top_k)
+    normed = (rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5).to(proj.dtype)
+    return reference.choose(head(normed, proj, None), per_expert_scale, top_k)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    first, second = as_matrix(gate_up, x), as_matrix(down, x)
+    first, second = as_matrix(gate_up, x.dtype), as_matrix(down, x.dtype)
     # The rows of `up` begin where those of `gate` end: in a panel of their own, or the kernels can't address them.
     apart = not isinstance(gate_up, QuantTensor) or down.shape[-1] % PANEL == 0
     if first is None or second is None or weights.dtype != x.dtype or not apart:
@@ -180,17 +181,17 @@ def _steps(stacked: Weight) -> tuple[int, int]:
     return stacked.nbytes // stacked.shape[0], 0
 
 
-def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """Torch would gather more than a few rows on a team of its own, whose threads then stay awake for some milliseconds
     and hold up ours."""
-    matrix = as_table(table)
-    if matrix is None:
-        return reference.embed(ids, table, scale)
-    ids, dtype = ids.contiguous(), DTYPES[table.dtype]
-    y = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype)
+    matrix, kind = as_table(table), dtype or table.dtype
+    if matrix is None or kind not in DTYPES:
+        return reference.embed(ids, table, scale, dtype)
+    ids = ids.contiguous()
+    y = torch.empty(*ids.shape, table.shape[1], dtype=kind)
     panels = isinstance(table, QuantTensor) and table.layout == "panels"
     factor = reference.rounded(scale, table.dtype)
-    _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, panels, factor, y.data_ptr(), dtype)
+    _cpu.lookup(ids.data_ptr(), ids.numel(), matrix, panels, factor, y.data_ptr(), DTYPES[kind])
     return y
 
 
@@ -209,10 +210,11 @@ def as_table(table: Weight) -> _cpu.Matrix | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if weight is not None and weight.dtype != x.dtype:
+    kind = x.dtype if weight is None else weight.dtype
+    if kind not in _narrower(x.dtype):
         return reference.rms_norm(x, weight, eps)
     rows = as_rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=kind)
     _cpu.norm(
         rows.data_ptr(),
         DTYPES[x.dtype],
@@ -222,8 +224,45 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         0 if weight is None else weight.data_ptr(),
         eps,
         y.data_ptr(),
+        DTYPES[kind],
     )
     return y
+
+
+def settle(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bound: float = torch.inf,
+    onto: Tensor | None = None,
+    share: float = 1.0,
+) -> Tensor:
+    kind = x.dtype if onto is None else onto.dtype
+    if weight.dtype != x.dtype or x.dtype not in _narrower(kind):
+        return reference.settle(x, weight, eps, bound=bound, onto=onto, share=share)
+    rows, onto = as_rows(x), None if onto is None else onto.contiguous()
+    y = torch.empty(x.shape, dtype=kind)
+    _cpu.settle(
+        rows.data_ptr(),
+        DTYPES[x.dtype],
+        rows.shape[0],
+        rows.shape[1],
+        rows.stride(0),
+        weight.data_ptr(),
+        0 if onto is None else onto.data_ptr(),
+        eps,
+        bound,
+        share,
+        y.data_ptr(),
+        DTYPES[kind],
+    )
+    return y
+
+
+def _narrower(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """`dtype`, and what the kernels make of a residual stream in it."""
+    return (torch.float32, torch.bfloat16) if dtype == torch.float32 else (dtype,)
 
 
 def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:

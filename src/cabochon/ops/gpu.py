@@ -78,14 +78,14 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """As `reference.embed`; the table may lie in pinned host memory."""
     numbers = table.codes if isinstance(table, QuantTensor) else table
-    if numbers.dtype == torch.float64:
-        return reference.embed(ids, table, scale)
+    if torch.float64 in (numbers.dtype, dtype):
+        return reference.embed(ids, table, scale, dtype)
     if numbers.device != ids.device and not numbers.is_pinned():
         raise InputError("the embedding table lies in host memory that the GPU can't read; pin it or move it there")
-    y: Tensor = kernels()[3].embed(ids, table, scale)
+    y: Tensor = kernels()[3].embed(ids, table, scale, dtype)
     return y
 
 
@@ -111,6 +111,21 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y: Tensor = kernels()[3].rms_norm(x, weight, eps)
+    return y
+
+
+def settle(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bound: float = torch.inf,
+    onto: Tensor | None = None,
+    share: float = 1.0,
+) -> Tensor:
+    if bound != torch.inf or onto is None:
+        return reference.settle(x, weight, eps, bound=bound, onto=onto, share=share)
+    y: Tensor = kernels()[3].rms_norm(x, weight, eps, gain=share, onto=onto)
     return y
 
 

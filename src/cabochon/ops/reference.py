@@ -25,10 +25,14 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return F.linear(x, weight)
 
 
-def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
-    """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to their type as transformers does -> [T, D]."""
-    rows = dequantize(table.rows(ids), table.dtype) if isinstance(table, QuantTensor) else F.embedding(ids, table)
-    return rows * rounded(scale, rows.dtype)
+def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of `table` [V, D] for `ids` [T], times `scale` rounded to its type as transformers does -> [T, D].
+
+    The products are in the type of the table, or in a wider `dtype`.
+    """
+    kind = dtype or table.dtype
+    rows = dequantize(table.rows(ids), kind) if isinstance(table, QuantTensor) else F.embedding(ids, table).to(kind)
+    return rows * rounded(scale, table.dtype)
 
 
 @cache
@@ -38,12 +42,28 @@ def rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; the weight is plain (not 1 + w) and may be absent."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; the weight is plain (not 1 + w) and may be absent.
+
+    The result has the weight's type: a wider residual stream becomes what a matrix takes.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(wide.dtype)
-    return y.to(x.dtype)
+    return y.to(x.dtype) if weight is None else (y * weight.to(wide.dtype)).to(weight.dtype)
+
+
+def settle(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bound: float = torch.inf,
+    onto: Tensor | None = None,
+    share: float = 1.0,
+) -> Tensor:
+    """`onto + share * rms_norm(x cut to +-bound) * weight` over the last axis of `x` [..., W], typed like `onto`."""
+    kind = x.dtype if onto is None else onto.dtype
+    y = rms_norm(x.clamp(-bound, bound), weight.to(kind), eps) * share
+    return y if onto is None else onto + y
 
 
 def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
@@ -78,11 +98,12 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 def route(
     x: Tensor, proj: Weight, scale: Tensor, per_expert_scale: Tensor, top_k: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of each token and their weights: [T, D] -> [T, top_k] int64 and [T, top_k] in x's type.
+    """The `top_k` experts of each token and their weights: [T, D] -> two of [T, top_k], int64 and like the scales.
 
     Softmax over all experts in float32, the chosen ones renormalised to sum 1, then times the expert's own scale.
     """
-    return choose(linear(rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5, proj), per_expert_scale, top_k)
+    normed = (rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5).to(proj.dtype)
+    return choose(head(normed, proj, None), per_expert_scale, top_k)
 
 
 def choose(scores: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +111,7 @@ def choose(scores: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights, chosen = probs.topk(top_k, -1)
     weights = weights / weights.sum(-1, keepdim=True) * per_expert_scale[chosen]
-    return chosen, weights.to(scores.dtype)
+    return chosen, weights.to(per_expert_scale.dtype)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:

@@ -53,20 +53,6 @@ def clipped_gate(
     return F.gelu(a, approximate="tanh") * b if gate == "gelu" else a * b.sigmoid()
 
 
-def settle(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    bound: float = torch.inf,
-    onto: Tensor | None = None,
-    share: float = 1.0,
-) -> Tensor:
-    """`onto + share * rms_norm(x cut to +-bound) * weight` over the last axis of `x` [..., W]."""
-    y = reference.rms_norm(x.clamp(-bound, bound), weight, eps) * share
-    return y if onto is None else onto + y
-
-
 def turn(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Norm of every head of `x` [B, I, N, H], then inside each half of it dimension i turns with i + H / 4.
 

@@ -87,35 +87,6 @@ def _product(
     return y if done else None
 
 
-def settle(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    bound: float = torch.inf,
-    onto: Tensor | None = None,
-    share: float = 1.0,
-) -> Tensor:
-    if not cpu.ready(x) or weight.dtype != x.dtype or (onto is not None and onto.dtype != x.dtype):
-        return reference.settle(x, weight, eps, bound=bound, onto=onto, share=share)
-    rows, onto = cpu.as_rows(x), None if onto is None else onto.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _cpu.settle(
-        rows.data_ptr(),
-        DTYPES[x.dtype],
-        rows.shape[0],
-        rows.shape[1],
-        rows.stride(0),
-        weight.data_ptr(),
-        0 if onto is None else onto.data_ptr(),
-        eps,
-        bound,
-        share,
-        y.data_ptr(),
-    )
-    return y
-
-
 def turn(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     if not cpu.ready(x) or weight.dtype != x.dtype or cos.dtype != x.dtype:
         return reference.turn(x, weight, eps, cos, sin)

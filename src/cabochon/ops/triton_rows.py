@@ -19,12 +19,14 @@ ROUND = tl.constexpr(12582912.0)
 def _norm(
     x_ptr,
     weight_ptr,
+    onto_ptr,
     y_ptr,
     rows,
     eps,
     gain,
     WIDTH: tl.constexpr,
     WEIGHT: tl.constexpr,
+    ONTO: tl.constexpr,
     BR: tl.constexpr,
     B: tl.constexpr,
 ):
@@ -36,6 +38,8 @@ def _norm(
     y = x * (gain * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps))[:, None]
     if WEIGHT:
         y *= tl.load(weight_ptr + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    if ONTO:
+        y += tl.load(onto_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -140,16 +144,18 @@ def _store(
         tl.store(pages_ptr + target * W + i, x.to(pages_ptr.dtype.element_ty), mask=i < W)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0) -> Tensor:
-    """`gain * reference.rms_norm` for float32, bfloat16 and float16."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0, onto: Tensor | None = None) -> Tensor:
+    """`onto + gain * reference.rms_norm`, in the type of `onto`, for float32, bfloat16 and float16."""
     width = x.shape[-1]
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    x, onto = x.contiguous(), None if onto is None else onto.contiguous()
+    like = onto if onto is not None else x if weight is None else weight
+    y = torch.empty_like(x, dtype=like.dtype)
     rows, tile = y.numel() // width, _tile(width)
     if rows:
         _norm[(triton.cdiv(rows, tile["BR"]),)](
-            x, x if weight is None else weight, y, rows, eps, gain, WIDTH=width, WEIGHT=weight is not None, **tile
-        )
+            x, x if weight is None else weight, x if onto is None else onto, y, rows, eps, gain,
+            WIDTH=width, WEIGHT=weight is not None, ONTO=onto is not None, **tile,
+        )  # fmt: skip
     return y
 
 
@@ -175,11 +181,11 @@ def gate(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def embed(ids: Tensor, table: Weight, scale: float) -> Tensor:
+def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """`reference.embed`; the table may lie in pinned host memory: the GPU reads the rows of the step from there."""
     width = table.shape[1]
     codes, scales, format = parts(table)
-    y = torch.empty(ids.shape[0], width, dtype=table.dtype, device=ids.device)
+    y = torch.empty(ids.shape[0], width, dtype=dtype or table.dtype, device=ids.device)
     block = min(triton.next_power_of_2(width), 1024)
     if y.numel():
         _embed[(ids.shape[0], triton.cdiv(width, block))](

@@ -215,17 +215,17 @@ def split_heads(group: KVGroup, ranks: int) -> int:
 def activations(config: ModelConfig, work: Workload) -> int:
     """The largest tensors that live at once in a full step, and the logits.
 
-    Of a layer, either the attention's (stream, norm, queries, result, stored rows) or the feed-forward's (stream, norm,
-    gate, up, their product) are alive; the per-layer inputs of all layers live through the step.
+    Of a layer, either the attention's (norm, queries, result, stored rows) or the feed-forward's (norm, gate, up, their
+    product) are alive, beside the stream in float32; the per-layer inputs of all layers live through the step.
     """
     text, size = config.text, FORMATS[work.dtype].bits // 8
     tokens = min(STEP_TOKENS, max(work.users, work.context))
-    attention = max(3 * text.hidden_size + (3 * s.q_heads + 2 * s.kv_heads) * s.head_dim for s in text.layers)
-    dense = max(3 * text.hidden_size + 3 * s.ffn_width for s in text.layers)
+    attention = max(2 * text.hidden_size + (3 * s.q_heads + 2 * s.kv_heads) * s.head_dim for s in text.layers)
+    dense = max(2 * text.hidden_size + 3 * s.ffn_width for s in text.layers)
     routed = max((2 * e.per_token * e.width for s in text.layers if (e := s.experts)), default=0)
-    stream = max(attention, dense + routed) + 2 * text.hidden_size_per_layer_input * len(text.layers)
+    inside = max(attention, dense + routed) + 2 * text.hidden_size_per_layer_input * len(text.layers)
     logits = 2 * 4 * work.users * text.vocab_size
-    return tokens * stream * size + logits
+    return tokens * (4 * text.hidden_size + inside * size) + logits
 
 
 def encoder(config: ModelConfig, dtype: str) -> int:

@@ -1,45 +1,10 @@
-// The towers' ops on single rows: norms with what stands around them, axial turning, and what a conformer does with the
-// last few tokens (attention, depthwise convolution).
+// The towers' ops on single rows: axial turning, and what a conformer does with the last few tokens (attention, depthwise
+// convolution).
 #pragma once
 
-#include "product.h"
+#include "settle.h"
 
 namespace {
-
-// f(i, n) for sixteen lanes from i, of which n are within `width`.
-template <class F>
-INLINE void over_lanes(long width, F f) {
-    long i = 0;
-    for (; i + LANES <= width; i += LANES) f(i, LANES);
-    if (i < width) f(i, width - i);
-}
-
-// y = onto + share * norm(cut(x)) * weight, cut once more
-template <class T>
-void settle_row(const Settle& op, long row) {
-    const T *x = static_cast<const T*>(op.x.data) + row * op.x.stride, *weight = static_cast<const T*>(op.weight);
-    const T* onto = op.onto ? static_cast<const T*>(op.onto) + row * op.x.width : nullptr;
-    T* y = static_cast<T*>(op.y) + row * op.y_stride;
-    const long width = op.x.width;
-    F16 squares[2] = {zero(), zero()};
-    over_lanes(width, [&](long i, long n) __attribute__((always_inline)) {
-        const F16 v = cut(get(x + i, n), -op.bound, op.bound);
-        F16& some = squares[i / LANES % 2];
-        some = fma(v, v, some);
-    });
-    const F16 scale = splat(op.share / square_root(sum(squares[0] + squares[1]) / width + op.eps));
-    over_lanes(width, [&](long i, long n) __attribute__((always_inline)) {
-        F16 v = cut(get(x + i, n), -op.bound, op.bound) * scale * get(weight + i, n);
-        if (onto) v = v + get(onto + i, n);
-        put_rounded(y + i, cut(v, op.then.low, op.then.high), n);
-    });
-}
-
-INLINE void settle_row(const Settle& op, long row) { op.x.dtype == FLOAT32 ? settle_row<float>(op, row) : settle_row<Bf16>(op, row); }
-
-void settle(const Settle& op) {
-    over_rows(op.x.count, op.x.width, [&](long row) { settle_row(op, row); });
-}
 
 // A head: norm with weight, then in each of its halves dimension i turns with i + H / 4.
 template <class T>

@@ -32,7 +32,7 @@ struct ConformerLayer {
 
     template <class... Settles>
     void settle_all(const Settles&... ops) const {
-        over_rows(count, width * sizeof...(ops), [&](long row) { (settle_row<Bf16>(ops, row), ...); });
+        over_rows(count, width * sizeof...(ops), [&](long row) { (settle_row<Bf16, Bf16>(ops, row), ...); });
     }
 
     Product multiplied(const Bf16* from, const Clipped& m, How how, const Rows& y, const void* onto = nullptr, Range then = {}) const {

@@ -4,8 +4,7 @@
 // Only layers with dense feed-forward; the others stay in Python.
 #pragma once
 
-#include "attend.h"
-#include "rows.h"
+#include "settle.h"
 
 namespace {
 
@@ -20,21 +19,20 @@ struct Decoder {
     Rows span(T* data, long columns) const { return {data, w.dtype, count, columns, columns}; }
     static const T* gain(const void* weight) { return static_cast<const T*>(weight); }
 
-    void normed(const T* from, const void* weight, T* to) const {
+    void normed(const float* from, const void* weight, T* to) const {
         over_rows(count, width, [&](long row) { norm_row(from + row * width, gain(weight), to + row * width, width, w.eps); });
     }
 
-    // to = x + norm(y), y being spoilt, and times the layer's scalar where it is the last thing.
-    void add_normed(const T* x, T* y, const void* weight, T* to, bool last) const {
-        const F16 scalar = splat(lane_zero(get(gain(w.scalar), 1)));
+    // to = x + norm(y), and times the layer's scalar where it is the last thing.
+    void add_normed(const float* x, T* y, const void* weight, float* to, bool last) const {
+        Settle op{span(y, width), weight, x, w.eps, __builtin_inff(), 1, to, width};
+        if (last) op.factor = lane_zero(get(gain(w.scalar), 1));
+        over_rows(count, width, [&](long row) { settle_row<T, float>(op, row); });
+    }
+
+    void narrowed(const float* from, T* to) const {
         over_rows(count, width, [&](long row) {
-            T* mine = y + row * width;
-            norm_row(mine, gain(weight), mine, width, w.eps);
-            for (long i = 0; i < width; i += LANES) {
-                const long at = row * width + i, left = width - i;
-                put(to + at, get(x + at, left) + get(mine + i, left), left);
-                if (last) put(to + at, get(to + at, left) * scalar, left);
-            }
+            over_lanes(width, [&](long i, long n) { put(to + row * width + i, get(from + row * width + i, n), n); });
         });
     }
 
@@ -139,8 +137,8 @@ struct Decoder {
     void run() const {
         auto* memory = static_cast<T*>(scratch(LAYER, count * (2 * width + 2 * queries + 2 * keys + w.ple_gate.rows) * sizeof(T)));
         T *a = memory, *b = a + count * width, *q = b + count * width, *seen = q + count * queries, *kv = seen + count * queries;
-        const T* x = static_cast<const T*>(op.x.data);
-        T* y = static_cast<T*>(op.y);
+        const auto* x = static_cast<const float*>(op.x.data);
+        float* y = op.y;
         normed(x, w.input_norm, a);
         project(a, q, seen, kv);
         Attend attention = op.attend;
@@ -152,8 +150,9 @@ struct Decoder {
         gated({span(a, width), w.gate, w.up, w.down, span(b, width)});
         add_normed(y, b, w.post_feedforward_norm, y, !op.ple);
         if (!op.ple) return;
-        per_layer(y, kv + 2 * count * keys, a);
-        add_normed(y, a, w.post_ple_norm, y, true);
+        narrowed(y, a);
+        per_layer(a, kv + 2 * count * keys, b);
+        add_normed(y, b, w.post_ple_norm, y, true);
     }
 };
 

@@ -19,7 +19,7 @@ INLINE void sixteen_codes(const Lookup& op, long row, long at, uint8_t* to) {
     for (long i = 0; i < LANES; i += 4) memcpy(to + i, from + i * PANEL, 4);
 }
 
-// Times the code's scale, rounded to the type of the table, times `op.scale`.
+// Times the code's scale, rounded to the type of y, times `op.scale`.
 template <class T>
 INLINE void put_scaled(const Lookup& op, F16 codes, float scale, T* to, long count) {
     if (count <= 0) return;
@@ -34,9 +34,10 @@ void lookup_row(const Lookup& op, long row, T* to) {
     uint8_t codes[LANES] = {};
     const auto* bytes = reinterpret_cast<const int8_t*>(codes);
     if (op.table.format == DENSE) {
-        const T* from = static_cast<const T*>(op.table.codes) + row * width;
-        for (long i = 0; i < width; i += LANES) put(to + i, get(from + i, width - i) * op.scale, width - i);
-        return;
+        const long size = op.table.dtype == FLOAT32 ? 4 : 2;
+        return typed(op.table.dtype, static_cast<const char*>(op.table.codes) + row * width * size, [&](const auto* from) {
+            for (long i = 0; i < width; i += LANES) put(to + i, get(from + i, width - i) * op.scale, width - i);
+        });
     }
     if (op.table.format == INT8) {
         const float scale = static_cast<const float*>(op.table.scales)[row];

@@ -147,8 +147,8 @@ void experts(Address x, int dtype, long count, long stride, Address chosen, Addr
     call(active->experts, op, double(count) * per_token * g.rows * g.cols);
 }
 
-void norm(Address x, int dtype, long count, long width, long stride, Address weight, float eps, Address y) {
-    const Norm op{rows(x, dtype, count, width, stride), reinterpret_cast<const void*>(weight), eps, rows(y, dtype, count, width, width)};
+void norm(Address x, int dtype, long count, long width, long stride, Address weight, float eps, Address y, int to) {
+    const Norm op{rows(x, dtype, count, width, stride), reinterpret_cast<const void*>(weight), eps, rows(y, to, count, width, width)};
     call(active->norm, op, double(count) * width);
 }
 
@@ -252,8 +252,8 @@ struct PreparedLayer {
         seen.kv_heads = shape.kv_heads, seen.width = shape.width, seen.window = shape.window;
         seen.key_offset = shape.key_offset, seen.value_offset = shape.value_offset;
         const long width = weights.q.cols;
-        return {&weights, rows(nb::cast<Address>(a[1]), weights.dtype, nb::cast<long>(a[2]), width, width),
-                const_cast<void*>(at(3)), at(5), at(6), nb::cast<long>(a[7]), at(8), at(9), nb::cast<long>(a[10]), seen};
+        return {&weights, rows(nb::cast<Address>(a[1]), FLOAT32, nb::cast<long>(a[2]), width, width),
+                static_cast<float*>(const_cast<void*>(at(3))), at(5), at(6), nb::cast<long>(a[7]), at(8), at(9), nb::cast<long>(a[10]), seen};
     }
 };
 
@@ -370,8 +370,9 @@ bool product(Address x, long count, long cols, long stride, Address first, Addre
 }
 
 void settle(Address x, int dtype, long count, long width, long stride, Address weight, Address onto, float eps, float bound,
-            float share, Address y) {
-    const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y), width};
+            float share, Address y, int to) {
+    const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y), width,
+                    {}, Dtype(to)};
     call(active->settle, op, double(count) * width);
 }
 

@@ -59,9 +59,9 @@ struct Experts {
 
 struct Norm {
     Rows x;
-    const void* weight;  // in x's type, or null
+    const void* weight;  // in y's type, or null
     float eps;
-    Rows y;
+    Rows y;              // in x's type, or narrower
 };
 
 // What every layer gets of a token's own embeddings: (norm(x * scale) + onto) / sqrt(2), row by row.
@@ -173,11 +173,13 @@ struct Product {
 
 struct Settle {
     Rows x;
-    const void *weight, *onto;  // [width], [count, width] or null
+    const void *weight, *onto;  // [width] in x's type, [count, width] in that of y, or null
     float eps, bound, share;
     void* y;
     long y_stride;
     Range then = {};
+    Dtype dtype = BFLOAT16;     // of y: float32, or x's
+    float factor = 1;
 };
 
 struct Turn {
@@ -210,7 +212,8 @@ struct Blend {
     Range then = {};
 };
 
-// The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`.
+// The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`, and so is all that
+// the layer computes but the residual stream.
 struct LayerWeights {
     Dtype dtype;
     float eps;
@@ -223,8 +226,8 @@ struct LayerWeights {
 
 struct Layer {
     const LayerWeights* weights;
-    Rows x;
-    void* y;                // [count, width]
+    Rows x;                 // float32
+    float* y;               // [count, width]
     const void *cos, *sin;  // [count, half_rotated]
     long half_rotated;
     const void* kept_norm;  // where value = key: the weight of the key norm of the layer whose rows these are, [head]

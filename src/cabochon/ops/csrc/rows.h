@@ -17,8 +17,8 @@ void over_rows(long rows, long width, const Work& work) {
     for (long item = 0; item < items; ++item) some(item);
 }
 
-template <class T>
-void norm_row(const T* x, const T* weight, T* y, long width, float eps) {
+template <class S, class T>
+void norm_row(const S* x, const T* weight, T* y, long width, float eps) {
     F16 squares = zero();
     for (long i = 0; i < width; i += LANES) {
         const F16 v = get(x + i, width - i);
@@ -32,15 +32,18 @@ void norm_row(const T* x, const T* weight, T* y, long width, float eps) {
     }
 }
 
-template <class T>
+template <class S, class T>
 void norm_rows(const Norm& op) {
     over_rows(op.x.count, op.x.width, [&](long row) {
-        norm_row(static_cast<const T*>(op.x.data) + row * op.x.stride, static_cast<const T*>(op.weight),
+        norm_row(static_cast<const S*>(op.x.data) + row * op.x.stride, static_cast<const T*>(op.weight),
                  static_cast<T*>(op.y.data) + row * op.y.stride, op.x.width, op.eps);
     });
 }
 
-void norm(const Norm& op) { op.x.dtype == FLOAT32 ? norm_rows<float>(op) : norm_rows<Bf16>(op); }
+void norm(const Norm& op) {
+    if (op.x.dtype == BFLOAT16) return norm_rows<Bf16, Bf16>(op);
+    op.y.dtype == FLOAT32 ? norm_rows<float, float>(op) : norm_rows<float, Bf16>(op);
+}
 
 template <class T>
 void per_layer_rows(const PerLayer& op) {
