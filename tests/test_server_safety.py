@@ -19,6 +19,7 @@ from support.stand import NAME, post, running, settled, toy_llm
 LONG = {"model": NAME, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 3000, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 4}
 CHAT = "/v1/chat/completions"
+OPEN = ("/", "/health", "/ping", "/ready", "/load", "/version", "/metrics")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,15 @@ def test_keys(llm: AsyncLLM) -> None:
             assert answer.json()["error"]["code"] == "invalid_api_key"
             assert "one" not in answer.text.split() and "two" not in answer.text
         assert post(base, "/v1/messages", {}).json()["error"]["type"] == "authentication_error"
-        assert [httpx.get(base + path).status_code for path in ("/", "/health", "/ready", "/version")] == [200] * 4
+        assert [httpx.get(base + path).status_code for path in OPEN] == [200] * len(OPEN)
+
+
+def test_a_response_that_is_refused_takes_nobodys_place(llm: AsyncLLM) -> None:
+    asked = {"model": NAME, "input": "Go on.", "max_output_tokens": 2}
+    with running(llm, responses_kept=1) as base:
+        kept = post(base, "/v1/responses", asked).json()["id"]
+        assert post(base, "/v1/responses", {**asked, "background": True, "stream": True}).status_code == 400
+        assert httpx.get(f"{base}/v1/responses/{kept}").status_code == 200
 
 
 def test_no_page_may_call_unless_it_was_named(llm: AsyncLLM) -> None:

@@ -30,6 +30,8 @@ def responses_routes(service: Service) -> APIRouter:
     @routes.post("/v1/responses", summary="Answer an input")
     async def create(body: wire.ResponsesRequest, request: Request) -> Response:
         model = service.model_name(body.model)
+        if body.background and (body.store is False or body.stream):
+            raise RequestError("background needs store and can't be streamed here; poll the response.", "background")
         earlier = store.earlier(body.previous_response_id)
         ask = read_response(body, earlier)
         writer = ResponseWriter(new_id("resp"), now(), model, body, new_id, service.tokenizer)
@@ -39,10 +41,6 @@ def responses_routes(service: Service) -> APIRouter:
             store.put(stored)
         chunks = service.chat(ask, request_id(request))
         if body.background:
-            if body.store is False or body.stream:
-                raise RequestError(
-                    "background needs store and can't be streamed here; poll the response.", "background"
-                )
             stored.task = asyncio.create_task(_work(writer, chunks))
             return Json(writer.object())
         if body.stream:
