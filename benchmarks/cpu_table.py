@@ -25,7 +25,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PROGRAM = "from cabochon.cli import main; main()"
 FIVE_LAYERS = "--model random:E2B?media=no&layers=5 --formats int4,int8 --prefill 512 --batches 1 --contexts 64"
 
 
@@ -84,7 +83,7 @@ def groups(llama: Path | None, llama_avx2: Path | None) -> Iterator[Group]:
 def measure(group: Group, kept: dict[str, Any]) -> dict[str, Any]:
     """The last line of the group's run, now or from before."""
     if group.arguments not in kept:
-        command = [sys.executable, "-c", PROGRAM, "bench", "cpu", *group.arguments.split()]
+        command = [sys.executable, "-m", "cabochon", "bench", "cpu", *group.arguments.split()]
         print("cabochon", *command[3:], file=sys.stderr, flush=True)
         shown = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         kept[group.arguments] = json.loads(shown.splitlines()[-1])
