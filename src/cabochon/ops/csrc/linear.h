@@ -14,7 +14,8 @@ INLINE float* block_memory(Slot slot) { return static_cast<float*>(scratch(slot,
 INLINE long blocks(long outputs, long breadth = BLOCK) { return (outputs + breadth - 1) / breadth; }
 
 // Outputs of an item: with few rows an item is mostly reading, and threads should end together.
-INLINE long breadth(long count) { return count <= 8 ? GROUP : BLOCK; }
+constexpr long READING = 8;
+INLINE long breadth(long count) { return count <= READING ? GROUP : BLOCK; }
 INLINE size_t element(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 INLINE const void* row_of(const Rows& x, long row) {
     return static_cast<const char*>(x.data) + row * x.stride * element(x.dtype);
@@ -123,27 +124,38 @@ struct Hidden {
     }
 };
 
-// `broad` columns of the hidden rows [first, last); column `gate_at` of them is output `up_at` of `up`.
+// `width` columns of the hidden rows [first, last) from `gate_at` on; that one is output `up_at` of `up`. With few rows, many
+// columns of the gate come first: a change from one matrix to the other has to wait for memory.
 void hidden_block(const Operand& x, long first, long last, const Matrix& gate, const Matrix& up, long gate_at, long up_at,
-                  long broad, const Hidden& hidden) {
-    const long width = least(broad, hidden.rows.width - gate_at);
+                  long width, const Hidden& hidden) {
     float *a = block_memory(BLOCK_A), *b = block_memory(BLOCK_B);
+    const auto multiply = [&](long until, const Matrix& w, long output, long outputs, float* out) {
+        for (long at = 0; at < outputs; at += BLOCK)
+            block(x, first, until, w, output + at, least(BLOCK, outputs - at), out + at * (until - first));
+    };
     for (; first < last; first += ROWS_AT_ONCE) {
-        const long until = least(first + ROWS_AT_ONCE, last);
-        block(x, first, until, gate, gate_at, width, a);
-        block(x, first, until, up, up_at, width, b);
-        for (long row = first; row < until; ++row)
-            hidden.set(row, gate_at, width, a + (row - first) * BLOCK, b + (row - first) * BLOCK);
+        const long until = least(first + ROWS_AT_ONCE, last), rows = until - first;
+        const long at_once = rows <= READING ? ROWS_AT_ONCE / rows * BLOCK : BLOCK;
+        for (long begin = 0; begin < width; begin += at_once) {
+            const long some = least(at_once, width - begin);
+            multiply(until, gate, gate_at + begin, some, a);
+            multiply(until, up, up_at + begin, some, b);
+            for (long at = 0; at < some; at += BLOCK)
+                for (long row = 0; row < rows; ++row)
+                    hidden.set(first + row, gate_at + begin + at, least(BLOCK, some - at), a + at * rows + row * BLOCK,
+                               b + at * rows + row * BLOCK);
+        }
     }
 }
 
 void gated(const Gated& op) {
     const Operand x = operand(op.x, op.gate.format, LEFT);
     const Hidden hidden(op.down.format, op.x.dtype, op.x.count, op.gate.rows);
-    const long broad = breadth(op.x.count);
-    parallel_runs(blocks(op.gate.rows, broad), [&](long first, long last) {  // few turns from one matrix to the other
-        for (long at = first * broad; at < last * broad; at += BLOCK)
-            hidden_block(x, 0, op.x.count, op.gate, op.up, at, at, least(BLOCK, last * broad - at), hidden);
+    const long broad = breadth(op.x.count), inner = op.gate.rows;
+    parallel_runs(blocks(inner, broad), [&](long first, long last) {
+        const long until = least(last * broad, inner), at_once = op.x.count <= READING ? until : BLOCK;
+        for (long at = first * broad; at < until; at += at_once)
+            hidden_block(x, 0, op.x.count, op.gate, op.up, at, at, least(at_once, until - at), hidden);
     });
     const Target target{op.down, op.y};
     multiply_to(hidden.operand, op.x.count, &target, 1);
@@ -210,7 +222,8 @@ void experts_of(const Experts& op, const Rows& x, const int64_t* chosen, long fi
     parallel(routing.actives * blocks(inner), [&](long item) {
         const long expert = routing.active[item / blocks(inner)], output = item % blocks(inner) * BLOCK;
         const Matrix w = expert_matrix(op.gate_up, expert, op.gate_up_codes, op.gate_up_scales);
-        hidden_block(sorted, routing.first[expert], routing.first[expert + 1], w, w, output, inner + output, BLOCK, hidden);
+        hidden_block(sorted, routing.first[expert], routing.first[expert + 1], w, w, output, inner + output,
+                     least(BLOCK, inner - output), hidden);
     });
     auto* result = static_cast<float*>(scratch(RESULT, rows * width * sizeof(float)));
     parallel(routing.actives * blocks(width), [&](long item) {
