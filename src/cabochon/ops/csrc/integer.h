@@ -35,10 +35,11 @@ constexpr long group_bytes() {
 constexpr long SOON = 2048, AHEAD = 6144;
 
 template <Format F, int R>
-INLINE void ask_for(const uint8_t* group) {
+INLINE void ask_for(const uint8_t* group, const uint8_t* scales) {
     constexpr long ahead = R > 1 ? AHEAD : F == INT8 ? SOON : 4096;
     constexpr int level = R > 1 ? (F == INT8 && R <= 3 ? 3 : 2) : F == INT8 ? 2 : 0;
     for (int line = 0; line < group_bytes<F>(); line += 64) __builtin_prefetch(group + ahead + line, 0, level);
+    if constexpr (F == INT4 && R == 1) __builtin_prefetch(scales + ahead / 8, 0, level);
 }
 
 INLINE int32_t four(const int8_t* from) {
@@ -158,7 +159,7 @@ void tile(const Operand& x, long row, const Matrix& w, long panel, long from, lo
         I16 total[R][C];
         for (int c = 0; c < C; ++c) {
             b[c] = codes + ((panel + c) * groups + g) * group_bytes<F>();
-            if constexpr (C == 1) ask_for<F, R>(b[c]);  // decode: the weight comes from memory
+            if constexpr (C == 1) ask_for<F, R>(b[c], scales + ((panel + c) * groups + g) * PANEL * 2);  // decode: the weight comes from memory
         }
         for (int r = 0; r < R; ++r) {
             a[r] = x.codes + ((row + r) * groups + g) * GROUP;

@@ -63,28 +63,49 @@ struct Target {
     Rows y;
 };
 
+// A thread that turns to another place in memory asks for the first lines there at once: the first products would wait for
+// one after the other, until they are asked for on the way.
+void ask_for_first(const Matrix& w, long output) {
+    constexpr long lines = 64, lines_of_scales = lines / 8;
+    const auto* codes = static_cast<const char*>(w.codes);
+    if (w.format == DENSE) {
+        codes += output * w.cols * element(w.dtype);
+    } else {
+        const long group = output / PANEL * ((w.cols + GROUP - 1) / GROUP);
+        codes += group * (w.format == INT8 ? group_bytes<INT8>() : group_bytes<INT4>());
+        const char* scales = static_cast<const char*>(w.scales) + group * PANEL * 2;
+        for (long i = 0; i < lines_of_scales && w.format == INT4; ++i) __builtin_prefetch(scales + i * 64, 0, 2);
+    }
+    for (long i = 0; i < lines; ++i) __builtin_prefetch(codes + i * 64, 0, 2);
+}
+
+// The rows times a block of several weights' outputs; `item` counts the blocks of all of them.
+void multiply_block(const Operand& x, long count, const Target* to, long item, bool turned, float softcap) {
+    const long broad = breadth(count);
+    for (; item >= blocks(to->weight.rows, broad); ++to) item -= blocks(to->weight.rows, broad);
+    float* out = block_memory(BLOCK_A);
+    const long output = item * broad, width = least(broad, to->weight.rows - output);
+    if (turned || !item) ask_for_first(to->weight, output);
+    for (long first = 0; first < count; first += ROWS_AT_ONCE) {
+        const long last = least(first + ROWS_AT_ONCE, count);
+        block(x, first, last, to->weight, output, width, out);
+        for (long row = first; row < last; ++row)
+            typed(to->y.dtype, const_cast<void*>(row_of(to->y, row)), [&](auto* y) {
+                for (long i = 0; i < width; i += LANES) {
+                    F16 v = get(out + (row - first) * BLOCK + i);
+                    if (softcap > 0) v = softcap * hyperbolic_tangent(v / softcap);
+                    put(y + output + i, v, width - i);
+                }
+            });
+    }
+}
+
 // The same rows times several weights; the blocks of all of them are shared out together.
 void multiply_to(const Operand& x, long count, const Target* targets, long n, float softcap = 0) {
-    const long broad = breadth(count);
     long items = 0;
-    for (long i = 0; i < n; ++i) items += blocks(targets[i].weight.rows, broad);
-    parallel(items, [&](long item) {
-        const Target* to = targets;
-        for (; item >= blocks(to->weight.rows, broad); ++to) item -= blocks(to->weight.rows, broad);
-        float* out = block_memory(BLOCK_A);
-        const long output = item * broad, width = least(broad, to->weight.rows - output);
-        for (long first = 0; first < count; first += ROWS_AT_ONCE) {
-            const long last = least(first + ROWS_AT_ONCE, count);
-            block(x, first, last, to->weight, output, width, out);
-            for (long row = first; row < last; ++row)
-                typed(to->y.dtype, const_cast<void*>(row_of(to->y, row)), [&](auto* y) {
-                    for (long i = 0; i < width; i += LANES) {
-                        F16 v = get(out + (row - first) * BLOCK + i);
-                        if (softcap > 0) v = softcap * hyperbolic_tangent(v / softcap);
-                        put(y + output + i, v, width - i);
-                    }
-                });
-        }
+    for (long i = 0; i < n; ++i) items += blocks(targets[i].weight.rows, breadth(count));
+    parallel_runs(items, [&](long first, long last) {
+        for (long item = first; item < last; ++item) multiply_block(x, count, targets, item, item == first, softcap);
     });
 }
 
@@ -130,6 +151,7 @@ void hidden_block(const Operand& x, long first, long last, const Matrix& gate, c
                   long width, const Hidden& hidden) {
     float *a = block_memory(BLOCK_A), *b = block_memory(BLOCK_B);
     const auto multiply = [&](long until, const Matrix& w, long output, long outputs, float* out) {
+        ask_for_first(w, output);
         for (long at = 0; at < outputs; at += BLOCK)
             block(x, first, until, w, output + at, least(BLOCK, outputs - at), out + at * (until - first));
     };
