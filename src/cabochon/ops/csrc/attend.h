@@ -382,20 +382,26 @@ struct Attention {
     long first_block(const Unit& u) const { return block_of(u.low / KEYS); }
     long last_block(const Unit& u) const { return block_of((u.high - 1) / KEYS); }
 
-    // The blocks [first, last) of a unit, one after the other: state(block) says where to, done(block) is told.
+    // The blocks [first, last) of a unit, one after the other: state(block) says where to, done(block) is told. What is walked
+    // next is asked for at the end; `asked`: and so was this.
     template <class Where, class Done>
-    void walk(const Unit& u, long first, long last, const Buffers& b, const Where& state, const Done& done) const {
+    void walk(const Unit& u, long first, long last, const Unit* next, bool asked, const Buffers& b, const Where& state, const Done& done) const {
         Found chunks[2];
         const long begin = most(first_chunk(first), u.low / KEYS), until = least(u.high, first_chunk(last) * KEYS);
         find(u, begin * KEYS, until, b, chunks[begin & 1]);
-        Ahead ahead;
-        look_ahead(chunks[begin & 1], 1, ahead);
-        ahead();  // all at once: there is nothing to compute meanwhile
+        if (!asked) {
+            Ahead ahead;
+            look_ahead(chunks[begin & 1], 1, ahead);
+            ahead();  // all at once: there is nothing to compute meanwhile
+        }
         gather_queries(u, b);
         bool onto = false;
         for (long chunk = begin; chunk * KEYS < until; ++chunk) {
             const long block = block_of(chunk);
-            find(u, (chunk + 1) * KEYS, until, b, chunks[~chunk & 1]);
+            if (next && (chunk + 1) * KEYS >= until)
+                find(*next, next->low / KEYS * KEYS, next->high, b, chunks[~chunk & 1]);
+            else
+                find(u, (chunk + 1) * KEYS, until, b, chunks[~chunk & 1]);
             walk_chunk(u, chunk, onto, chunks[chunk & 1], chunks[~chunk & 1], state(block), b);
             onto = block_of(chunk + 1) == block;
             if (!onto || (chunk + 1) * KEYS >= until) done(block);
@@ -455,7 +461,7 @@ struct Attention {
             const auto merge = [&](long block) {
                 for (long r = 0; r < rows && block > first; ++r) all.merge(b.block, r, lanes);
             };
-            walk(u, first, last_block(u) + 1, b, [&](long block) { return block > first ? b.block : all; }, merge);
+            walk(u, first, last_block(u) + 1, nullptr, false, b, [&](long block) { return block > first ? b.block : all; }, merge);
             for (long r = 0; r < rows; ++r) finish(u, r, all);
         });
     }
@@ -468,11 +474,11 @@ struct Attention {
             const Buffers b = buffers();
             long i = 0;
             while (item >= first[i + 1]) ++i;
-            for (; item < end; ++i) {
+            for (bool asked = false; item < end; ++i, asked = true) {
                 const Unit& u = units[i];
                 const long zero = first_block(u) - first[i], last = least(end, first[i + 1]);  // item 0 would be this block
                 const auto state = [&](long block) { return State::in(partial + (block - zero) * size, u.count * group, lanes); };
-                walk(u, item + zero, last + zero, b, state, [](long) {});
+                walk(u, item + zero, last + zero, last < end ? &units[i + 1] : nullptr, asked, b, state, [](long) {});
                 item = last;
             }
         });
