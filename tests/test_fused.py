@@ -29,15 +29,20 @@ def network(size, format, dtype):
     return model
 
 
+def op_by_op(layers, x, last_reader):
+    return None
+
+
 def both(model, batch, monkeypatch):
-    """Logits in one call per layer, and op by op; the former must have happened."""
+    """Logits in one or two calls for all layers, and op by op; the former must have happened."""
     calls = []
-    run = module.FusedLayer.run
-    monkeypatch.setattr(module.FusedLayer, "run", lambda *a: calls.append(run(*a)) or calls[-1])
+    run = module.FusedLayers.run
+    monkeypatch.setattr(module.FusedLayers, "run", lambda *a: calls.append((run(*a), len(a[0].layers))) or calls[-1][0])
     with torch.inference_mode():
         whole = model(batch)
-        assert len(calls) == len(model.config.text.layers) and all(y is not None for y in calls)
-        monkeypatch.setattr(module, "fused", lambda layer, x: None)
+        assert len(calls) == len(model.language_model.parts) <= 2 and all(y is not None for y, _ in calls)
+        assert sum(count for _, count in calls) == len(model.config.text.layers)
+        monkeypatch.setattr(module, "fused", op_by_op)
         single = model(batch)
     monkeypatch.undo()
     return whole, single
@@ -68,7 +73,7 @@ def test_replies_are_those_of_the_ops(size, cache, monkeypatch):
         return [reply.token_ids for reply in llm.generate(prompts, greedy)]
 
     whole = replies()
-    monkeypatch.setattr(module, "fused", lambda layer, x: None)
+    monkeypatch.setattr(module, "fused", op_by_op)
     assert whole == replies()
 
 
@@ -113,7 +118,8 @@ def test_a_module_put_around_a_matrix_is_run(monkeypatch):
 def test_layers_with_experts_go_op_by_op():
     model = toy_model("26B-A4B")
     with torch.inference_mode():
-        assert all(module.fused(layer, torch.zeros(1, 1)).kernel is None for layer in model.language_model.layers)
+        layers = tuple(model.language_model.layers)
+        assert all(module.fused((layer,), torch.zeros(1, 1), {}).plan is None for layer in layers)
 
 
 STEP_ON_TWO_THREADS = """

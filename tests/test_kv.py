@@ -175,7 +175,7 @@ def test_eight_bit_caches_cost_little(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_queries_and_weights_in_8_bits_cost_as_much_as_the_cache_at_most(size, monkeypatch):
     """What the CPU kernels round beside the cache, at the real width of heads; everything else is in float32."""
-    monkeypatch.setattr(fused, "fused", lambda layer, x: None)
+    monkeypatch.setattr(fused, "fused", lambda layers, x, last_reader: None)
     model = toy_model(size, global_head_dim=512)
     options = {"num_blocks": (64, 64), "max_num_batched_tokens": 64, "block_size": 8}
     kl = {"cache": 0.0, "all": 0.0}

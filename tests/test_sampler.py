@@ -87,12 +87,11 @@ def test_a_draw_depends_on_nothing_but_its_own_row():
 
 
 def test_uniforms_are_uniform_and_repeatable():
-    seeds = np.arange(100_000, dtype=np.uint64)
-    numbers = sampler.uniforms(seeds, np.zeros_like(seeds))
-    assert np.array_equal(numbers, sampler.uniforms(seeds, np.zeros_like(seeds)))
+    numbers = [sampler.uniform(seed, 0) for seed in range(100_000)]
+    assert numbers[:9] == [sampler.uniform(seed, 0) for seed in range(9)] and min(numbers) >= 0 and max(numbers) < 1
     counts, _ = np.histogram(numbers, 50, (0, 1))
     assert ((counts - 2000) ** 2 / 2000).sum() < 100  # chi-square, 49 degrees of freedom
-    steps = sampler.uniforms(np.full(1000, 7, np.uint64), np.arange(1000, dtype=np.uint64))
+    steps = [sampler.uniform(2**64 - 7, place) for place in range(1000)]
     assert abs(np.corrcoef(steps[1:], steps[:-1])[0, 1]) < 0.1
 
 
@@ -132,14 +131,14 @@ def test_suppressed_tokens_are_never_drawn():
     assert 5 not in {d.token for d in drawn}
 
 
-def cost_in_passes(repeats):
+def cost_in_passes(repeats, **limits):
     """What drawing 64 tokens from 262,144 logits costs, in passes: torch's time to find the largest logit of each row.
 
     The two alternate on one thread, so that they find the same caches and neighbours; the time is that of the thread,
     which on a crowded machine is not the time on the wall.
     """
     logits = torch.randn(64, 262_144)
-    params = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
+    params = SamplingParams(temperature=1.0, seed=1, **limits or {"top_k": 64, "top_p": 0.95})
     many = tracks(params, 64)
     passes, draws = [], []
     threads = torch.get_num_threads()
@@ -160,6 +159,12 @@ def cost_in_passes(repeats):
 
 def test_sampling_does_not_sort_the_vocabulary():
     assert cost_in_passes(7) < 8, "a sort costs some hundred passes"
+
+
+@pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
+@pytest.mark.parametrize("limits", [{"top_k": 0}, {"top_k": 0, "top_p": 0.95}, {"top_k": 0, "min_p": 0.05}])
+def test_sampling_without_top_k_does_not_either(limits):
+    assert cost_in_passes(3, **limits) < 100, "a sort costs some hundred passes"
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
 from ..errors import RequestError
 from .request import TokenLogprob
 from .track import Track
+
+WORD = 2**64 - 1
 
 
 @dataclass(slots=True)
@@ -33,11 +34,12 @@ class Drawn:
 def draw(logits: Tensor, tracks: list[Track], suppress: Tensor | None = None) -> list[Drawn]:
     """One token for each row of `logits` [L, V], which may be written to; `suppress` [n] ids are never drawn."""
     scored = [i for i, track in enumerate(tracks) if track.request.params.logprobs is not None]
-    same = suppress is None and len(scored) == len(tracks) and not any(map(_adjusted, tracks))
-    raw = logits if same or not scored else logits[scored]
+    adjusted = [i for i, track in enumerate(tracks) if _adjusted(track)]
+    untouched = suppress is None and not adjusted and len(scored) == len(tracks)
+    raw = logits if untouched or not scored else logits[scored]
     if suppress is not None:
         logits[:, suppress] = -torch.inf
-    errors = {i: error for i, track in enumerate(tracks) if (error := _adjust(logits[i], track))}
+    errors = {i: error for i in adjusted if (error := _adjust(logits[i], tracks[i]))}
     token, largest = ops.draw(logits, _settings(tracks, logits.shape[-1]))
     ids, best = token.tolist(), largest.tolist()  # the step's only wait for the device
     out = []
@@ -105,28 +107,27 @@ def _adjust(row: Tensor, track: Track) -> str | RequestError | None:
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def uniforms(seeds: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per row from its seed and place: the SplitMix64 finaliser (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        x = seeds + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    numbers: NDArray[np.float64] = (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers
+def uniform(seed: int, place: int) -> float:
+    """A number in [0, 1) from seed and place: the SplitMix64 finaliser (Steele, Lea, Flood 2014)."""
+    x = (seed + (place + 1) * 0x9E3779B97F4A7C15) & WORD
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & WORD
+    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
 def _settings(tracks: list[Track], vocab: int) -> Tensor:
     """What `ops.draw` wants to know of each track: [5, L] float64. To take the best is to draw from one candidate."""
-    seeds = np.fromiter((track.seed for track in tracks), np.uint64, len(tracks))
-    places = np.fromiter((track.generated for track in tracks), np.uint64, len(tracks))
-    settings = np.empty((5, len(tracks)))
-    settings[0] = uniforms(seeds, places)
-    for i, track in enumerate(tracks):
-        p = track.request.params
-        settings[1:, i] = (
-            (p.temperature, p.top_k or vocab, 1.0 if p.top_p is None else p.top_p, p.min_p or 0.0)
-            if p.temperature
-            else (1.0, 1, 1.0, 0.0)
+    rows = [
+        (
+            uniform(track.seed, track.generated),
+            p.temperature,
+            p.top_k or vocab,
+            1.0 if p.top_p is None else p.top_p,
+            p.min_p or 0.0,
         )
-    return torch.from_numpy(settings)
+        if p.temperature
+        else (0.0, 1.0, 1, 1.0, 0.0)
+        for track in tracks
+        for p in (track.request.params,)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).T

@@ -17,6 +17,7 @@ from ..config import Kind, LayerSpec
 from ..kv.layout import row_geometry
 from ..ops.views import View
 from .layers import Linear, RMSNorm, rope_angles
+from .watched import Watched
 
 Angles = tuple[Tensor, Tensor]
 
@@ -32,7 +33,7 @@ def angles_by_kind(layers: Iterable[LayerSpec], position: Tensor, dtype: torch.d
     return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
 
 
-class Attention(nn.Module):
+class Attention(Watched):
     """Grouped-query attention of one layer; produces the stored row of its tokens unless it reads another layer's."""
 
     def __init__(self, spec: LayerSpec, width: int, eps: float) -> None:
@@ -113,7 +114,7 @@ def join_rotated(x: Tensor, rotated: int) -> Tensor:
     return torch.cat([first, third, second, fourth], -1)
 
 
-class MLP(nn.Module):
+class MLP(Watched):
     """Gated GELU."""
 
     def __init__(self, width: int, inner: int) -> None:
@@ -126,7 +127,7 @@ class MLP(nn.Module):
         return ops.gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
-class Router(nn.Module):
+class Router(Watched):
     """Chooses experts for each token from the raw residual stream."""
 
     def __init__(self, width: int, count: int, per_token: int, eps: float) -> None:
@@ -141,7 +142,7 @@ class Router(nn.Module):
         return ops.route(x, self.proj.weight, self.scale, self.per_expert_scale, self.per_token, self.eps)
 
 
-class Experts(nn.Module):
+class Experts(Watched):
     """All experts' matrices, stacked; gate rows before up rows."""
 
     gate_up_proj: ops.Weight
@@ -156,7 +157,7 @@ class Experts(nn.Module):
         return ops.experts(x, chosen, weights, self.gate_up_proj, self.down_proj)
 
 
-class Layer(nn.Module):
+class Layer(Watched):
     """A decoder layer: attention, dense MLP (with experts beside it), per-layer embedding, scalar."""
 
     layer_scalar: Tensor

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from .. import ops
 from ..config import READS_TARGET, DrafterConfig, Kind, ModelConfig
 from ..ops.views import Pages, Past, Rows, View
 from .decoder import Angles, Layer, angles_by_kind, residual_type
-from .fused import Calls, run_layer
+from .fused import Step, run_layers
 from .layers import Embedding, Linear, RMSNorm
 from .text import Text
 
@@ -99,12 +100,14 @@ class Drafter(nn.Module):
     def _run(
         self, embedded: Tensor, hidden: Tensor, stored: Stored, angles: Mapping[Kind, Angles]
     ) -> tuple[Tensor, Tensor]:
-        x, calls = self.pre_projection(torch.cat([embedded, hidden], -1)).to(residual_type(hidden.dtype)), Calls()
-        for layer in self.layers:
-            kind = layer.spec.kind
-            step = {READS_TARGET: stored.step[kind]}
-            x = run_layer(calls, layer, x, None, step, stored.view(kind), angles[kind], stored.k_weight.get(kind))
-        calls.make()
+        x = self.pre_projection(torch.cat([embedded, hidden], -1)).to(residual_type(hidden.dtype))
+        for kind, layers in groupby(self.layers, lambda layer: layer.spec.kind):
+            rows = stored.step[kind]
+            step = Step(
+                rows.shape[0], lambda spec: stored.view(spec.kind), angles, lambda spec: stored.k_weight.get(spec.kind)
+            )
+            step.rows[READS_TARGET] = rows
+            x = run_layers(tuple(layers), x, None, step)
         x = self.norm(x)
         return x, self.post_projection(x)
 

@@ -1,24 +1,28 @@
 """Decoder layers in one call of the CPU kernels, where those take them: with dense feed-forward.
 
-`Layer.forward` op by op is the definition and what training runs. A call does what some twenty ops do, and calls of a
-step with few rows are put off and made together: whatever the interpreter does between two layers it does with empty
-caches, six times as slowly. The kernels, their order and the roundings between them are the same.
+`Layer.forward` op by op is the definition and what training runs. A call does what some twenty ops per layer do, and
+what is the same in every step was looked up before: whatever the interpreter does in a step it does with empty caches,
+six times as slowly. The kernels, their order and the roundings between them are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
+from ..config import Kind, LayerSpec
 from ..ops import cpu
 from ..ops.views import View
 from .decoder import Angles, Layer
 from .layers import Linear, RMSNorm
-from .links import links
+from .watched import Watched
 
 _NORMS = (
     "input_layernorm",
@@ -41,114 +45,146 @@ _MATRICES = (
     "per_layer_projection",
 )
 _NOTHING = (0, 0, 0, 0, 0, 0)
-_FEW = 64
-"""So many rows wait for each other: what they store stays in memory until then."""
 
 
-class Calls:
-    """Layers that are called together, and what is to be done after them."""
+@dataclass(slots=True)
+class Step:
+    """What the layers of a step read beside their activations, and what becomes of the rows that they make."""
 
-    def __init__(self) -> None:
-        self._calls: list[Any] = []
-        self._needed: list[Tensor] = []
-        self._after: list[Callable[[], None]] = []
+    tokens: int
+    see: Callable[[LayerSpec], View]
+    angles: Mapping[Kind, Angles]
+    k_weight: Callable[[LayerSpec], Tensor | None]
+    """See `Attention.queries`."""
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    """[T, K, W] of the step's tokens by the layer that makes them, for as long as somebody reads them."""
+    last_reader: Mapping[int, int] = field(default_factory=dict)
+    """Of each layer that makes rows; they are stored after it."""
+    kept: dict[Kind, Tensor] | None = None
+    """Gets the rows of the last layer of each kind that makes any."""
 
-    def add(self, call: Any, rows: int, *tensors: Tensor | None) -> None:
-        """A prepared layer with its arguments, which hold addresses of `tensors`."""
-        self._calls.append(call)
-        self._needed += [tensor for tensor in tensors if tensor is not None]
-        if rows > _FEW:
-            self.make()
-
-    def then(self, what: Callable[[], None]) -> None:
-        """Do `what` after the layers that wait; at once if none does."""
-        self._after.append(what)
-        if not self._calls:
-            self.make()
-
-    def make(self) -> None:
-        """Now: somebody wants the results."""
-        if self._calls:
-            cpu.run_layers(self._calls)
-        for what in self._after:
-            what()
-        self._calls, self._needed, self._after = [], [], []
-
-
-class FusedLayer:
-    """The addresses of a layer's weights, looked up once for activations like `x`."""
-
-    def __init__(self, layer: Layer, x: Tensor) -> None:
-        self.spec, self.row_width = layer.spec, layer.self_attn.row_width
-        self.dtype, self.residual = layer.input_layernorm.weight.dtype, x.dtype
-        self.links = list(links(layer))
-        self.kernel = _kernel(layer, self.dtype) if x.dtype == torch.float32 else None
-
-    def current(self, x: Tensor) -> bool:
-        """Are modules and weights still those that were looked up? Any of them may have been replaced or converted."""
-        return x.dtype == self.residual and cpu.unchanged(self.links)
-
-    def run(
-        self,
-        calls: Calls,
-        x: Tensor,
-        ple: Tensor | None,
-        step: dict[int, Tensor],
-        view: View,
-        angles: Angles,
-        k_weight: Tensor | None,
-    ) -> Tensor | None:
-        """`Layer.forward`, whose result is there when `calls` are made; None where the kernels can't."""
-        spec, (cos, sin) = self.spec, angles
-        seen = cpu.seen_by(self.dtype, view)
-        if self.kernel is None or seen is None or cos.dtype != self.dtype:
+    def over(self, spec: LayerSpec) -> Tensor | None:
+        """The rows that the layer `spec` is the last to read."""
+        if self.last_reader.get(spec.reads_kv_of) != spec.index:
             return None
-        if spec.k_eq_v and (k_weight is None or k_weight.dtype != cos.dtype):
+        rows = self.rows.pop(spec.reads_kv_of)
+        if self.kept is not None:
+            self.kept[spec.kind] = rows
+        return rows
+
+
+class FusedLayers:
+    """Consecutive layers, the addresses of whose weights were looked up once for activations like `x`."""
+
+    def __init__(self, layers: tuple[Layer, ...], x: Tensor, last_reader: Mapping[int, int]) -> None:
+        self.layers, self.changes = layers, Watched.changes
+        self.dtype, self.residual = layers[0].input_layernorm.weight.dtype, x.dtype
+        self._weights = [weight for layer in layers for weight in _weights(layer)]  # their memory stays
+        self._readers = {layer.spec.reads_kv_of: layer for layer in reversed(layers)}
+        """Of each source of rows, its first reader here."""
+        self._kinds = {layer.spec.kind: layer.spec for layer in layers}
+        sources, kinds = list(self._readers), list(self._kinds)
+        parts = []
+        for layer in layers:
+            spec, source = layer.spec, layer.spec.reads_kv_of
+            place = (kinds.index(spec.kind), sources.index(source), last_reader.get(source) == spec.index)
+            parts.append(_part(layer, self.dtype, place) if x.dtype == torch.float32 else None)
+        ready = [part for part in parts if part is not None]
+        self.plan = cpu.prepare_layers(ready) if len(ready) == len(parts) else None
+
+    def current(self, layers: tuple[Layer, ...], x: Tensor) -> bool:
+        """Are these still the layers that were looked up, with the same weights?"""
+        return x.dtype == self.residual and self.changes == Watched.changes and self.layers == layers
+
+    def run(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor | None:
+        """All layers, and the storing of what they are the last to read; None where the kernels can't."""
+        angles = [step.angles[kind] for kind in self._kinds]
+        if self.plan is None or any(cos.dtype != self.dtype for cos, _ in angles):
             return None
-        if spec.owns_kv:
-            step[spec.index] = cos.new_empty(x.shape[0], spec.kv_heads, self.row_width)
+        views = [step.see(layer.spec) for layer in self._readers.values()]
+        rows = list(self._rows(angles[0][0], step))
+        norms = [step.k_weight(layer.spec) for layer in self._readers.values()]
+        if any(norm is not None and norm.dtype != self.dtype for norm in norms):
+            return None
+        sources = []
+        for made, view, norm in zip(rows, views, norms, strict=True):
+            if (source := cpu.looked_in(made, view)) is None:
+                return None
+            sources.append((*source, 0 if norm is None else norm.data_ptr()))
+        kinds = []
+        for spec, (cos, sin) in zip(self._kinds.values(), angles, strict=True):
+            view = step.see(spec)
+            slots = 0 if view.past is None else view.past.slots.data_ptr()
+            kinds.append((cos.data_ptr(), sin.data_ptr(), cos.shape[1], slots, cpu.asking(view)))
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        of_layer = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
-        turn = (cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if k_weight is None else k_weight.data_ptr())
-        stored = step[spec.reads_kv_of]
-        call = (self.kernel, x.data_ptr(), x.shape[0], y.data_ptr(), stored.data_ptr(), *turn, *of_layer, seen)
-        calls.add(call, x.shape[0], x, stored, cos, sin, k_weight, ple)
+        of_layers = (0, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
+        self.plan.run(x.data_ptr(), x.shape[0], y.data_ptr(), *of_layers, step.tokens, kinds, sources)
+        for layer in self.layers:
+            step.over(layer.spec)
         return y
 
+    def _rows(self, like: Tensor, step: Step) -> Iterator[Tensor]:
+        """Memory for the rows of each source. Those that nobody but their maker reads share one."""
+        own: dict[Kind, Tensor] = {}
+        for source, layer in self._readers.items():
+            spec = layer.spec
+            if spec.owns_kv:
+                alone = step.last_reader.get(source) == source and step.kept is None
+                rows = own.get(spec.kind) if alone else None
+                if rows is None:
+                    rows = like.new_empty(step.tokens, spec.kv_heads, layer.self_attn.row_width)
+                if alone:
+                    own[spec.kind] = rows
+                step.rows[source] = rows
+            yield step.rows[source]
 
-_fused: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+
+_fused: WeakKeyDictionary[nn.Module, FusedLayers] = WeakKeyDictionary()
 
 
-def run_layer(
-    calls: Calls,
-    layer: Layer,
-    x: Tensor,
-    ple: Tensor | None,
-    step: dict[int, Tensor],
-    view: View,
-    angles: Angles,
-    k_weight: Tensor | None,
-) -> Tensor:
-    """`layer(...)`, in one call where that can be, which then is one of `calls`."""
-    if (whole := fused(layer, x)) and (y := whole.run(calls, x, ple, step, view, angles, k_weight)) is not None:
+def run_layers(layers: tuple[Layer, ...], x: Tensor, ple: Tensor | None, step: Step) -> Tensor:
+    """`x` [Q, D] through consecutive layers, with their `ple` [Q, layers, P]: in one call where that can be."""
+    if (whole := fused(layers, x, step.last_reader)) and (y := whole.run(x, ple, step)) is not None:
         return y
-    calls.make()
-    out: Tensor = layer(x, ple, step, view, angles, k_weight)
-    return out
+    for i, layer in enumerate(layers):
+        spec, of_layer = layer.spec, None if ple is None else ple[:, i]
+        view = step.see(spec)
+        x = layer(x, of_layer, step.rows, view, step.angles[spec.kind], step.k_weight(spec))
+        rows = step.over(spec)
+        # Only now: new rows may lie in the slots of rows that leave the window, which every reader had to see first.
+        if rows is not None and view.pages is not None and view.past is not None:
+            ops.store(view.pages, rows, view.past.slots)
+    return x
 
 
-def fused(layer: Layer, x: Tensor) -> FusedLayer | None:
-    """`layer` for activations like `x`; None where there are no kernels for them."""
+def fused(layers: tuple[Layer, ...], x: Tensor, last_reader: Mapping[int, int]) -> FusedLayers | None:
+    """`layers` for activations like `x`; None where there are no kernels for them."""
     if not cpu.ready(x):
         return None
-    known = _fused.get(layer)
-    if known is None or not known.current(x):
-        known = _fused[layer] = FusedLayer(layer, x)
+    known = _fused.get(layers[0])
+    if known is None or not known.current(layers, x):
+        known = _fused[layers[0]] = FusedLayers(layers, x, last_reader)
     return known
 
 
-def _kernel(layer: Layer, dtype: torch.dtype) -> Any:
-    """The prepared call, or None when something in the layer is not what the kernel knows."""
+def neighbours(layers: Iterable[Layer]) -> list[tuple[Layer, ...]]:
+    """Layers that may be called together: all of them make rows, or none does."""
+    alike = groupby(layers, lambda layer: layer.spec.owns_kv)
+    return [tuple(part) for _, part in alike]
+
+
+def _weights(layer: Layer) -> Iterator[Any]:
+    for module in layer.modules():
+        yield from (
+            tensor.detach()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
+        yield getattr(module, "weight", None)
+
+
+def _part(layer: Layer, dtype: torch.dtype, place: tuple[int, int, bool]) -> Any:
+    """A layer as the kernels want to know it, or None when something in it is not what they know."""
     spec, attn = layer.spec, layer.self_attn
     if spec.experts or dtype not in cpu.DTYPES:
         return None
@@ -174,7 +210,7 @@ def _kernel(layer: Layer, dtype: torch.dtype) -> Any:
     head = (cpu.DTYPES[dtype], attn.eps, spec.q_heads, spec.head_dim)
     stored = (spec.kv_heads, attn.row_width, attn.key_offset, attn.value_offset, spec.window or 0)
     addresses = tuple(0 if vector is None else vector.data_ptr() for vector in vectors)
-    return cpu.prepare_layer(head, addresses, tuple(matrices), stored)
+    return head, addresses, tuple(matrices), stored, place
 
 
 def _module(layer: nn.Module, name: str) -> Any:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import Rope
+from .watched import Watched
 
 
-class Linear(nn.Module):
+class Linear(Watched):
     """A matrix without bias. `weight` [O, I] is a parameter, or a `QuantTensor` once a loader put one there."""
 
     weight: ops.Weight
@@ -24,7 +25,7 @@ class Linear(nn.Module):
         return ops.linear(x, self.weight)
 
 
-class Embedding(nn.Module):
+class Embedding(Watched):
     """A table of rows [count, width], looked up by `ops.embed`; `weight` may become a `QuantTensor` like a matrix's."""
 
     weight: ops.Weight
@@ -37,7 +38,7 @@ class Embedding(nn.Module):
         return ops.embed(ids, self.weight, scale, dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Watched):
     """Root-mean-square norm over the last axis with a plain weight (w, not 1 + w), whose type the result has."""
 
     def __init__(self, width: int, eps: float) -> None:

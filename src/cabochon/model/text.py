@@ -15,10 +15,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import Kind, TextConfig
+from ..config import Kind, LayerSpec, TextConfig
 from .batch import Batch
 from .decoder import Layer, angles_by_kind, residual_type
-from .fused import Calls, run_layer
+from .fused import Step, neighbours, run_layers
 from .layers import Embedding, Linear, RMSNorm
 
 
@@ -34,6 +34,7 @@ class Text(nn.Module):
         self.norm = RMSNorm(width, eps)
         self.lm_head = None if config.tied else Linear(width, config.vocab_size)
         self.last_reader = {spec.reads_kv_of: spec.index for spec in config.layers}
+        self.parts = [slice(part[0].spec.index, part[-1].spec.index + 1) for part in neighbours(self.layers)]
         self.ple_width = config.hidden_size_per_layer_input
         if self.ple_width:
             self.embed_tokens_per_layer = Embedding(
@@ -69,34 +70,23 @@ class Text(nn.Module):
         """
         x, kind = self.embed(batch), self.norm.weight.dtype
         ple = self.per_layer_inputs(x, batch)
+        layers, skip = tuple(self.layers), False
         angles = angles_by_kind(self.config.layers, batch.rows.position, kind)
-        step: dict[int, Tensor] = {}
-        calls, skip = Calls(), False
-        for i, layer in enumerate(self.layers):
-            spec = layer.spec
-            if not spec.owns_kv and not skip and batch.tail.index is not None:
-                calls.make()
+        step = Step(batch.tokens, partial(batch.view, skip=False), angles, self._k_weight)
+        step.last_reader, step.kept = self.last_reader, kept
+        for part in self.parts:
+            if not layers[part.start].spec.owns_kv and not skip and batch.tail.index is not None:
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]
-                angles = angles_by_kind(self.config.layers, batch.tail.position, kind)
-                skip = True
-            of_layer = None if ple is None else ple[:, i]
-            k_weight = self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
-            x = run_layer(calls, layer, x, of_layer, step, batch.view(spec, skip), angles[spec.kind], k_weight)
-            if self.last_reader[spec.reads_kv_of] == i:
-                rows = step.pop(spec.reads_kv_of)
-                calls.then(partial(self._store, spec.reads_kv_of, spec.kind, rows, batch))
-                if kept is not None:
-                    kept[spec.kind] = rows
-        calls.make()
+                step.angles = angles_by_kind(self.config.layers, batch.tail.position, kind)
+                step.see, skip = partial(batch.view, skip=True), True
+            x = run_layers(layers[part], x, None if ple is None else ple[:, part], step)
         if batch.tail.index is not None and not skip:
             x = x[batch.tail.index]
         return self.norm(x if batch.wanted is None else x[batch.wanted])
 
-    def _store(self, index: int, kind: Kind, rows: Tensor, batch: Batch) -> None:
-        # Only now: new rows may lie in the slots of rows that leave the window, which every reader had to see first.
-        if index in batch.pages:
-            ops.store(batch.pages[index], rows, batch.past[kind].slots)
+    def _k_weight(self, spec: LayerSpec) -> Tensor | None:
+        return self.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, D] -> [L, V] float32."""

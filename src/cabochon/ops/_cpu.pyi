@@ -2,8 +2,10 @@
 
 Matrix = tuple[int, int, int, int, int, int]
 """format, dtype, codes, scales, rows, cols."""
-Seen = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
-"""pages, scales, table, its width, slots, split; first rows, positions, last seen; starts, contexts, first; count."""
+Asking = tuple[int, int, int, int, int, int, int, int, int]
+"""table, its width, first; first rows, positions, last seen; starts, contexts; count."""
+Source = tuple[int, int, int, int, int]
+"""rows of the step; pages, scales, slots, split."""
 Stored = tuple[int, int, int, int, int]
 """KV heads, row width, key offset, value offset, window or 0."""
 
@@ -48,26 +50,35 @@ def rope(
 def store(
     pages: int, scales: int, rows: int, slots: int, dtype: int, tokens: int, kv_heads: int, width: int, split: int, /
 ) -> None: ...
-def attend(q: int, step: int, seen: Seen, shape: Stored, out: int, dtype: int, heads: int, head: int, /) -> None: ...
+def attend(
+    q: int, asking: Asking, source: Source, shape: Stored, out: int, dtype: int, heads: int, head: int, /
+) -> None: ...
 
-class Layer:
-    def __init__(
+Part = tuple[tuple[int, float, int, int], tuple[int, ...], tuple[Matrix, ...], Stored, tuple[int, int, bool]]
+"""A layer: dtype, eps, heads, head width; vectors; matrices; its rows; its kind, its source, whether it stores them."""
+Turning = tuple[int, int, int, int, Asking]
+"""cos, sin, how many numbers turn; slots of the step's rows, or 0; who asks."""
+
+class Layers:
+    """`sources` are `Source` and, where value = key, the key norm's weight of the layer whose rows these are."""
+
+    def __init__(self, layers: list[Part], /) -> None: ...
+    def run(
         self,
-        head: tuple[int, float, int, int],
-        vectors: tuple[int, ...],
-        matrices: tuple[Matrix, ...],
-        stored: Stored,
+        x: int,
+        count: int,
+        y: int,
+        ple: int,
+        ple_stride: int,
+        tokens: int,
+        kinds: list[Turning],
+        sources: list[tuple[int, int, int, int, int, int]],
         /,
     ) -> None: ...
-
-Call = tuple[Layer, int, int, int, int, int, int, int, int, int, int, Seen]
-"""layer, x, rows, y, rows of the step; cos, sin, how many numbers turn; where value = key the key norm's weight of the
-layer whose rows these are, or 0; PLE and its stride, or 0; what came before."""
 
 Link = tuple[dict[str, object], str, object, int]
 """A dictionary, a key, the value that was found there; the address of its numbers where that may change, or 0."""
 
-def layers(calls: list[Call], /) -> None: ...
 def unchanged(links: list[Link], /) -> bool: ...
 
 class Conformer:

@@ -333,49 +333,45 @@ def attend(
     value_offset: int,
     window: int | None,
 ) -> Tensor:
-    seen = seen_by(q.dtype, view)
-    if step.dtype != q.dtype or seen is None:
+    source = None if step.dtype != q.dtype else looked_in(step := step.contiguous(), view)
+    if source is None:
         return reference.attend(q, step, view, key_offset=key_offset, value_offset=value_offset, window=window)
-    q, step = q.contiguous(), step.contiguous()
+    q = q.contiguous()
     out = torch.empty_like(q)
     shape = (step.shape[1], step.shape[2], key_offset, value_offset, window or 0)
-    _cpu.attend(q.data_ptr(), step.data_ptr(), seen, shape, out.data_ptr(), DTYPES[q.dtype], q.shape[1], q.shape[2])
+    _cpu.attend(q.data_ptr(), asking(view), source, shape, out.data_ptr(), DTYPES[q.dtype], q.shape[1], q.shape[2])
     return out
 
 
-def seen_by(dtype: torch.dtype, view: View) -> _cpu.Seen | None:
-    """`view` as the kernels want to know it; None when it is nothing for them."""
-    rows, pages, past = view.rows, view.pages, view.past
-    asking = (rows.start.data_ptr(), rows.position.data_ptr(), rows.see_until.data_ptr())
+def asking(view: View) -> _cpu.Asking:
+    """Who asks, and where the past of each request lies, as the kernels want to know it."""
+    rows, past = view.rows, view.past
+    asked = (rows.start.data_ptr(), rows.position.data_ptr(), rows.see_until.data_ptr())
     step, requests = (view.start.data_ptr(), view.context.data_ptr()), view.context.shape[0]
-    if past is None or pages is None:
-        return 0, 0, 0, 0, 0, 0, *asking, *step, 0, requests
-    codes, scales, split = stored(pages)
-    if codes.dtype != (dtype if scales is None else torch.int8):
-        return None
+    if past is None:
+        return 0, 0, 0, *asked, *step, requests
     assert past.table.is_contiguous()
-    address = (codes.data_ptr(), 0 if scales is None else scales.data_ptr(), past.table.data_ptr())
-    return *address, past.table.shape[1], codes.shape[1], split, *asking, *step, past.first.data_ptr(), requests
+    return past.table.data_ptr(), past.table.shape[1], past.first.data_ptr(), *asked, *step, requests
 
 
-def prepare_layer(
-    head: tuple[int, float, int, int],
-    vectors: tuple[int, ...],
-    matrices: tuple[_cpu.Matrix, ...],
-    stored: _cpu.Stored,
-) -> _cpu.Layer:
-    """A decoder layer whose weights were looked up, see `model.fused` and `csrc/ops.h`."""
-    return _cpu.Layer(head, vectors, matrices, stored)
+def looked_in(step: Tensor, view: View) -> _cpu.Source | None:
+    """Where the rows `step` [T, K, W] and the pages of `view` lie; None when they are nothing for the kernels."""
+    if view.past is None or view.pages is None:
+        return step.data_ptr(), 0, 0, 0, 0
+    codes, scales, split = stored(view.pages)
+    if codes.dtype != (step.dtype if scales is None else torch.int8):
+        return None
+    return step.data_ptr(), codes.data_ptr(), 0 if scales is None else scales.data_ptr(), codes.shape[1], split
+
+
+def prepare_layers(layers: list[_cpu.Part]) -> _cpu.Layers:
+    """Decoder layers whose weights were looked up, see `model.fused` and `csrc/ops.h`."""
+    return _cpu.Layers(layers)
 
 
 def unchanged(links: list[_cpu.Link]) -> bool:
     """Are modules and weights still where they were found?"""
     return _cpu.unchanged(links)
-
-
-def run_layers(calls: list[_cpu.Call]) -> None:
-    """Prepared layers with their arguments, one after the other."""
-    _cpu.layers(calls)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -126,8 +126,7 @@ def place(module: nn.Module, name: str, value: Tensor | QuantTensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
-        assert isinstance(value, Tensor)
-        owner._buffers[leaf] = value
+        setattr(owner, leaf, value)
     elif isinstance(value, Tensor):
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
     else:

@@ -192,19 +192,22 @@ bool unchanged(const nb::list& links) {
 
 const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
 
-// What attention reads, as Python hands it over: (pages, scales, table, table_width, slots, split, row_start, position,
-// see_until, start, context, first, requests).
-Attend attended(const nb::tuple& a) {
-    Attend op{};
-    op.pages = reinterpret_cast<const void*>(nb::cast<Address>(a[0]));
-    op.scales = reinterpret_cast<const float*>(nb::cast<Address>(a[1]));
-    op.table = ints(nb::cast<Address>(a[2]));
-    op.table_width = nb::cast<long>(a[3]), op.slots = nb::cast<long>(a[4]), op.split = nb::cast<long>(a[5]);
-    op.row_start = ints(nb::cast<Address>(a[6])), op.position = ints(nb::cast<Address>(a[7]));
-    op.see_until = ints(nb::cast<Address>(a[8])), op.start = ints(nb::cast<Address>(a[9]));
-    op.context = ints(nb::cast<Address>(a[10])), op.first = ints(nb::cast<Address>(a[11]));
-    op.requests = nb::cast<long>(a[12]);
-    return op;
+// Who asks, and where the past of each request lies: (table, table_width, first, row_start, position, see_until, start,
+// context, requests).
+void ask(Attend& op, const nb::tuple& a) {
+    op.table = ints(nb::cast<Address>(a[0])), op.table_width = nb::cast<long>(a[1]), op.first = ints(nb::cast<Address>(a[2]));
+    op.row_start = ints(nb::cast<Address>(a[3])), op.position = ints(nb::cast<Address>(a[4]));
+    op.see_until = ints(nb::cast<Address>(a[5])), op.start = ints(nb::cast<Address>(a[6]));
+    op.context = ints(nb::cast<Address>(a[7])), op.requests = nb::cast<long>(a[8]);
+}
+
+// The rows of the step and the pages of what came before: (step, pages, scales, slots, split); without pages there is no past.
+void look_in(Attend& op, const nb::tuple& a) {
+    op.step = reinterpret_cast<const void*>(nb::cast<Address>(a[0]));
+    op.pages = reinterpret_cast<const void*>(nb::cast<Address>(a[1]));
+    op.scales = reinterpret_cast<const float*>(nb::cast<Address>(a[2]));
+    op.slots = nb::cast<long>(a[3]), op.split = nb::cast<long>(a[4]);
+    if (!op.pages) op.table = op.first = nullptr, op.table_width = 0;
 }
 
 // The shape of stored rows: (kv_heads, width, key_offset, value_offset, window).
@@ -214,56 +217,81 @@ void shape_rows(Attend& op, const nb::tuple& shape) {
     op.window = nb::cast<long>(shape[4]);
 }
 
-void attend(Address q, Address step, nb::tuple past, nb::tuple shape, Address out, int dtype, long heads, long head) {
-    Attend op = attended(past);
-    shape_rows(op, shape);
-    op.q = reinterpret_cast<const void*>(q), op.step = reinterpret_cast<const void*>(step);
+void attend(Address q, nb::tuple asking, nb::tuple rows, nb::tuple shape, Address out, int dtype, long heads, long head) {
+    Attend op{};
+    ask(op, asking), look_in(op, rows), shape_rows(op, shape);
+    op.q = reinterpret_cast<const void*>(q);
     op.out = reinterpret_cast<void*>(out), op.dtype = Dtype(dtype), op.heads = heads, op.head = head;
     call(active->attend, op, 1e9);
 }
 
-// A layer's weights, read once: (dtype, eps, heads, head), addresses of eight vectors, nine matrices, shape of rows.
-struct PreparedLayer {
-    LayerWeights weights;
-    Attend shape{};
-
-    PreparedLayer(nb::tuple head, nb::tuple vectors, nb::tuple matrices, nb::tuple stored) {
-        const void** norms[] = {&weights.input_norm, &weights.q_norm, &weights.k_norm, &weights.post_attention_norm,
-                                &weights.pre_feedforward_norm, &weights.post_feedforward_norm, &weights.post_ple_norm, &weights.scalar};
-        for (size_t i = 0; i < std::size(norms); ++i) *norms[i] = reinterpret_cast<const void*>(nb::cast<Address>(vectors[i]));
-        Matrix* products[] = {&weights.q, &weights.k, &weights.v, &weights.o, &weights.gate, &weights.up, &weights.down,
-                              &weights.ple_gate, &weights.ple_projection};
-        for (size_t i = 0; i < std::size(products); ++i) *products[i] = matrix(nb::cast<nb::tuple>(matrices[i]));
-        shape_rows(shape, stored);
-        weights.dtype = shape.dtype = Dtype(nb::cast<int>(head[0]));
-        weights.eps = nb::cast<float>(head[1]);
-        weights.heads = shape.heads = nb::cast<long>(head[2]);
-        weights.head = shape.head = nb::cast<long>(head[3]);
-        weights.kv_heads = shape.kv_heads;
+// Layers whose weights were read once, to run one after the other.
+class PreparedLayers {
+public:
+    // Of each layer (dtype, eps, heads, head), addresses of eight vectors, nine matrices, the shape of rows, and (kind, source,
+    // stores): which of a step's kinds and sources it reads, and whether it is the last to read the source.
+    explicit PreparedLayers(const std::vector<nb::tuple>& layers) {
+        for (const nb::tuple& layer : layers) parts.push_back(part(layer));
     }
 
-    // With its arguments as Python hands them over: (layer, x, count, y, step, cos, sin, half_rotated, kept_norm, ple,
-    // ple_stride, past).
-    Layer with(const nb::tuple& a) const {
-        const auto at = [&](int i) { return reinterpret_cast<const void*>(nb::cast<Address>(a[i])); };
-        Attend seen = attended(nb::cast<nb::tuple>(a[11]));
-        seen.step = at(4);
-        seen.dtype = shape.dtype, seen.heads = shape.heads, seen.head = shape.head;
-        seen.kv_heads = shape.kv_heads, seen.width = shape.width, seen.window = shape.window;
-        seen.key_offset = shape.key_offset, seen.value_offset = shape.value_offset;
-        const long width = weights.q.cols;
-        return {&weights, rows(nb::cast<Address>(a[1]), FLOAT32, nb::cast<long>(a[2]), width, width),
-                static_cast<float*>(const_cast<void*>(at(3))), at(5), at(6), nb::cast<long>(a[7]), at(8), at(9), nb::cast<long>(a[10]), seen};
+    // `x` [count, width] through all of them into `y`. `kinds`: (cos, sin, half_rotated, slots, asking), `sources`: what `look_in`
+    // reads, and where value = key the key norm's weight of the layer whose rows these are. Nothing of the interpreter is in the caches between two layers.
+    void run(Address x, long count, Address y, Address ple, long ple_stride, long tokens, const std::vector<nb::tuple>& kinds,
+             const std::vector<nb::tuple>& sources) const {
+        std::vector<Layer> ops;
+        std::vector<Store> stores;
+        for (const Part& part : parts) {
+            const LayerWeights& w = part.weights;
+            const nb::tuple& kind = kinds[part.kind];
+            const auto at = [&](int i) { return reinterpret_cast<const void*>(nb::cast<Address>(kind[i])); };
+            Attend seen = part.shape;
+            ask(seen, nb::cast<nb::tuple>(kind[4])), look_in(seen, sources[part.source]);
+            const long width = w.q.cols, before = ops.size();
+            ops.push_back({&w, rows(before ? y : x, FLOAT32, count, width, width), reinterpret_cast<float*>(y), at(0), at(1),
+                           nb::cast<long>(kind[2]), reinterpret_cast<const void*>(nb::cast<Address>(sources[part.source][5])),
+                           reinterpret_cast<const void*>(ple), ple_stride, seen});
+            ple += ple ? w.ple_gate.rows * (w.dtype == FLOAT32 ? 4 : 2) : 0;
+            const auto* slots = static_cast<const int64_t*>(at(3));
+            const bool kept = part.stores && slots && seen.pages;
+            stores.push_back({const_cast<void*>(seen.pages), const_cast<float*>(seen.scales), seen.step, kept ? slots : nullptr,
+                              w.dtype, tokens, w.kv_heads, seen.width, seen.split});
+        }
+        nb::gil_scoped_release release;
+        for (size_t i = 0; i < ops.size(); ++i) {
+            active->layer(ops[i]);
+            // Only now: new rows may lie in the slots of rows that leave the window, which every reader had to see first.
+            if (stores[i].slots) active->store(stores[i]);
+        }
+    }
+
+private:
+    struct Part {
+        LayerWeights weights;
+        Attend shape;
+        int kind, source;
+        bool stores;
+    };
+    std::vector<Part> parts;
+
+    static Part part(const nb::tuple& layer) {
+        const auto head = nb::cast<nb::tuple>(layer[0]), vectors = nb::cast<nb::tuple>(layer[1]), matrices = nb::cast<nb::tuple>(layer[2]);
+        const auto place = nb::cast<nb::tuple>(layer[4]);
+        Part p{{}, {}, nb::cast<int>(place[0]), nb::cast<int>(place[1]), nb::cast<bool>(place[2])};
+        LayerWeights& w = p.weights;
+        const void** norms[] = {&w.input_norm, &w.q_norm, &w.k_norm, &w.post_attention_norm, &w.pre_feedforward_norm,
+                                &w.post_feedforward_norm, &w.post_ple_norm, &w.scalar};
+        for (size_t i = 0; i < std::size(norms); ++i) *norms[i] = reinterpret_cast<const void*>(nb::cast<Address>(vectors[i]));
+        Matrix* products[] = {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.ple_gate, &w.ple_projection};
+        for (size_t i = 0; i < std::size(products); ++i) *products[i] = matrix(nb::cast<nb::tuple>(matrices[i]));
+        shape_rows(p.shape, nb::cast<nb::tuple>(layer[3]));
+        w.dtype = p.shape.dtype = Dtype(nb::cast<int>(head[0]));
+        w.eps = nb::cast<float>(head[1]);
+        w.heads = p.shape.heads = nb::cast<long>(head[2]);
+        w.head = p.shape.head = nb::cast<long>(head[3]);
+        w.kv_heads = p.shape.kv_heads;
+        return p;
     }
 };
-
-// One after the other. All arguments are looked at first: between two layers nothing of the interpreter is in the caches.
-void layers(const std::vector<nb::tuple>& calls) {
-    std::vector<Layer> ops;
-    for (const nb::tuple& call : calls) ops.push_back(nb::cast<const PreparedLayer&>(call[0]).with(call));
-    nb::gil_scoped_release release;
-    for (const Layer& op : ops) active->layer(op);
-}
 
 void attend_all(Address q, Address k, Address v, Address out, int dtype, long batch, long count, long heads, long head) {
     const AttendAll op{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
@@ -465,10 +493,10 @@ NB_MODULE(_cpu, m) {
     m.def("rope", rope);
     m.def("store", store);
     m.def("attend", attend);
-    nb::class_<PreparedLayer>(m, "Layer", "A decoder layer whose weights were looked up once.")
-        .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple>());
+    nb::class_<PreparedLayers>(m, "Layers", "Decoder layers whose weights were looked up once.")
+        .def(nb::init<const std::vector<nb::tuple>&>())
+        .def("run", &PreparedLayers::run);
     m.def("unchanged", unchanged);
-    m.def("layers", layers, "Decoder layers, one after the other.");
     nb::class_<PreparedConformer>(m, "Conformer", "A conformer's layer whose weights were looked up once.")
         .def(nb::init<nb::tuple, nb::tuple, nb::tuple>())
         .def("run", &PreparedConformer::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
