@@ -113,18 +113,18 @@ def _run_theirs(reference: nn.Module, ids: list[int]) -> tuple[list[Tensor], Ten
 def _watch(text: Any) -> list[list[Tensor]]:
     """Lists that will hold what goes into every layer's first norm and into the last norm.
 
-    The norms are put into boxes: a layer that runs as one call of the kernels would pass a hook by, but takes care not
-    to know such modules.
+    The layers' norms are put into boxes: a layer that runs as one call of the kernels would pass a hook by, but takes
+    care not to know such modules.
     """
     from torch import nn
 
+    for layer in text.layers:
+        layer.input_layernorm = nn.Sequential(layer.input_layernorm)
     seen: list[list[Tensor]] = []
-    for holder, name in [*((layer, "input_layernorm") for layer in text.layers), (text, "norm")]:
+    for norm in (*(layer.input_layernorm for layer in text.layers), text.norm):
         rows: list[Tensor] = []
         seen.append(rows)
-        box = nn.Sequential(getattr(holder, name))
-        box.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0].flatten(0, -2).float()))
-        setattr(holder, name, box)
+        norm.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0].flatten(0, -2).float()))
     return seen
 
 
