@@ -322,10 +322,11 @@ def exact_attention(q, step, view, **where):
     """float64, with the roundings of kernels that multiply bytes."""
     if not isinstance(view.pages, ScaledPages):
         return reference.attend(q.double(), step.double(), replace(view, pages=view.pages.double()), **where)
+    widened_to = q.dtype if "bf16" in cpu.active() or "amx" in cpu.active() else torch.float32
     cut = min(max(view.pages.split - where["key_offset"], 0), q.shape[-1])
     if cpu.active() not in ("plain", "avx2") and q.dtype == torch.bfloat16 and q.shape[-1] % 64 == cut % 64 == 0:
-        return coded_attention.attend(q, step, view, **where)
-    pages = view.pages.read(torch.arange(len(view.pages.codes)), q.dtype)
+        return coded_attention.attend(q, step, view, widened_to=widened_to, **where)
+    pages = view.pages.read(torch.arange(len(view.pages.codes)), widened_to)
     return reference.attend(q.double(), step.double(), replace(view, pages=pages.double()), **where)
 
 

@@ -175,6 +175,10 @@ def test_eight_bit_caches_cost_little(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_queries_and_weights_in_8_bits_cost_as_much_as_the_cache_at_most(size, monkeypatch):
     """What the CPU kernels round beside the cache, at the real width of heads; everything else is in float32."""
+
+    def coded(q, *where, **how):
+        return coded_attention.attend(q, *where, **how).to(q.dtype)
+
     monkeypatch.setattr(fused, "fused", lambda layers, x, last_reader: None)
     model = toy_model(size, global_head_dim=512)
     options = {"num_blocks": (64, 64), "max_num_batched_tokens": 64, "block_size": 8}
@@ -182,7 +186,7 @@ def test_queries_and_weights_in_8_bits_cost_as_much_as_the_cache_at_most(size, m
     for seed in range(2):
         ids = random_ids(250, seed=seed)
         exact = logits(model, ids, **options).log_softmax(-1)
-        for kind, attend in {"cache": ops.attend, "all": coded_attention.attend}.items():
+        for kind, attend in {"cache": ops.attend, "all": coded}.items():
             with monkeypatch.context() as patch:
                 patch.setattr(ops, "attend", attend)
                 rounded = logits(model, ids, kv_cache_dtype="int8", **options).log_softmax(-1)

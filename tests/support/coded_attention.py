@@ -16,8 +16,17 @@ from cabochon.ops.views import ScaledPages, View
 BLOCK = 64
 
 
-def attend(q: Tensor, step: Tensor, view: View, *, key_offset: int, value_offset: int, window: int | None) -> Tensor:
-    """`reference.attend` with those roundings: [Q, N, H] in the type of `q`."""
+def attend(
+    q: Tensor,
+    step: Tensor,
+    view: View,
+    *,
+    key_offset: int,
+    value_offset: int,
+    window: int | None,
+    widened_to: torch.dtype = torch.float32,
+) -> Tensor:
+    """`reference.attend` with those roundings: [Q, N, H] in float64. Newer codes are `widened_to` a type first."""
     pages, past, rows = view.pages, view.past, view.rows
     if not isinstance(pages, ScaledPages) or past is None:
         return reference.attend(q, step, view, key_offset=key_offset, value_offset=value_offset, window=window)
@@ -27,9 +36,11 @@ def attend(q: Tensor, step: Tensor, view: View, *, key_offset: int, value_offset
         mine = slice(int(rows.start[r]), int(rows.start[r + 1]))
         first = int(past.first[r])
         page = past.table[r, : -(-(context - first) // pages.shape[1])].long()
-        stored = pages.read(page, torch.float64).flatten(0, 1)[: context - first]
-        kv = torch.cat([stored, step[int(view.start[r]) : int(view.start[r + 1])].double()])
         coded = max(context // BLOCK * BLOCK - first, 0)
+        stored = pages.read(page, torch.float64).flatten(0, 1)[:coded]
+        widened = pages.read(page, widened_to).flatten(0, 1)[coded : context - first]
+        newest = step[int(view.start[r]) : int(view.start[r + 1])]
+        kv = torch.cat([stored, widened.double(), newest.double()])
         scale = pages.scales[page].flatten(0, 1)[:coded, :, int(value_offset >= pages.split)].double()
 
         grouped = q[mine].unflatten(1, (kv.shape[1], -1))  # [Q, K, G, H]
@@ -45,7 +56,7 @@ def attend(q: Tensor, step: Tensor, view: View, *, key_offset: int, value_offset
                 round_weights(weight[..., :coded] * scale.T[:, None], first % BLOCK) / scale.T[:, None]
             )
         out.append(torch.einsum("qkgl,lkh->qkgh", weight, value).flatten(1, 2))
-    return torch.cat(out).to(q.dtype)
+    return torch.cat(out)
 
 
 def round_query(q: Tensor, cut: int) -> Tensor:
