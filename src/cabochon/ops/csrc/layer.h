@@ -19,21 +19,23 @@ struct Decoder {
     Rows span(T* data, long columns) const { return {data, w.dtype, count, columns, columns}; }
     static const T* gain(const void* weight) { return static_cast<const T*>(weight); }
 
-    void normed(const float* from, const void* weight, T* to) const {
-        over_rows(count, width, [&](long row) { norm_row(from + row * width, gain(weight), to + row * width, width, w.eps); });
+    void norm_one(const float* from, const void* weight, T* to, long row) const {
+        norm_row(from + row * width, gain(weight), to + row * width, width, w.eps);
     }
 
-    // to = x + norm(y), and times the layer's scalar where it is the last thing.
-    void add_normed(const float* x, T* y, const void* weight, float* to, bool last) const {
+    // to = x + norm(y), and times the layer's scalar where it is the last thing; `then(row)` while a row is near.
+    template <class Then>
+    void add_normed(const float* x, T* y, const void* weight, float* to, bool last, Then then) const {
         Settle op{span(y, width), weight, x, w.eps, __builtin_inff(), 1, to, width};
         if (last) op.factor = lane_zero(get(gain(w.scalar), 1));
-        over_rows(count, width, [&](long row) { settle_row<T, float>(op, row); });
+        over_rows(count, width, [&](long row) {
+            settle_row<T, float>(op, row);
+            then(row);
+        });
     }
 
-    void narrowed(const float* from, T* to) const {
-        over_rows(count, width, [&](long row) {
-            over_lanes(width, [&](long i, long n) { put(to + row * width + i, get(from + row * width + i, n), n); });
-        });
+    void narrow_one(const float* from, T* to, long row) const {
+        over_lanes(width, [&](long i, long n) { put(to + row * width + i, get(from + row * width + i, n), n); });
     }
 
     void turned(const T* from, T* to, long row) const {
@@ -139,20 +141,18 @@ struct Decoder {
         T *a = memory, *b = a + count * width, *q = b + count * width, *seen = q + count * queries, *kv = seen + count * queries;
         const auto* x = static_cast<const float*>(op.x.data);
         float* y = op.y;
-        normed(x, w.input_norm, a);
+        over_rows(count, width, [&](long row) { norm_one(x, w.input_norm, a, row); });
         project(a, q, seen, kv);
         Attend attention = op.attend;
         attention.q = q, attention.out = seen;
         attend(attention);
         one_product(span(read(seen, q), queries), w.o, span(a, width));
-        add_normed(x, a, w.post_attention_norm, y, false);
-        normed(y, w.pre_feedforward_norm, a);
+        add_normed(x, a, w.post_attention_norm, y, false, [&](long row) { norm_one(y, w.pre_feedforward_norm, a, row); });
         gated({span(a, width), w.gate, w.up, w.down, span(b, width)});
-        add_normed(y, b, w.post_feedforward_norm, y, !op.ple);
-        if (!op.ple) return;
-        narrowed(y, a);
+        if (!op.ple) return add_normed(y, b, w.post_feedforward_norm, y, true, [](long) {});
+        add_normed(y, b, w.post_feedforward_norm, y, false, [&](long row) { narrow_one(y, a, row); });
         per_layer(a, kv + 2 * count * keys, b);
-        add_normed(y, b, w.post_ple_norm, y, true);
+        add_normed(y, b, w.post_ple_norm, y, true, [](long) {});
     }
 };
 
