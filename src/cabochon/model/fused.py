@@ -78,6 +78,7 @@ class FusedLayers:
 
     def __init__(self, layers: tuple[Layer, ...], x: Tensor, last_reader: Mapping[int, int]) -> None:
         self.layers, self.changes = layers, Watched.changes
+        # Of a norm that nobody wraps: `verify` puts the input norms into boxes, which have no weight of their own.
         self.dtype, self.residual = layers[0].post_attention_layernorm.weight.dtype, x.dtype
         self._weights = [weight for layer in layers for weight in _weights(layer)]  # their memory stays
         self._readers = {layer.spec.reads_kv_of: layer for layer in reversed(layers)}
