@@ -2,16 +2,17 @@
 
     python benchmarks/quantised_quality.py [--exercises N] [--formats int4,calibrated:int4] [--write]
 
-Each format is written as `cabochon quantize` writes it, loaded as anybody would load it and scored on the first N
-exercises of every task. `--write` puts the table into docs/numerics.md. Divergence is KL(bfloat16 || format) in nats
-per token, over prompts and answers of the exercises.
+Each format is written as `cabochon quantize` writes it, loaded as anybody would load it and scored on the whole card,
+what is seen and heard included, or on the first N exercises of every task. `--write` puts the table into
+docs/numerics.md.
+Divergence is KL(bfloat16 || format) in nats per token, over prompts and answers of some two hundred exercises in words.
 
-The formats `calibrated:...` are rounded with other exercises: the last hundred of every task that has five hundred,
-answered by the model itself. So N is at most 400.
+The formats `calibrated:...` are rounded with conversations that the model could have been trained on and that no card
+asks (`scripts/pebble/mixture.py`), answered by the model itself.
 
-Two formats meet the same exercises, so what counts is which of them each got right: the interval beside a task is that
-of the difference of two shares in pairs, (won - lost) / n with variance (won + lost - (won - lost)^2 / n) / n^2.
-`float32` has the same weights and finer arithmetic: by what it differs, no format is to blame.
+Two formats meet the same exercises, so what counts is what each earned on which: the interval beside a task is that of
+the mean difference in pairs. `float32` has the same weights and finer arithmetic: by what it differs, no format is to
+blame.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import argparse
 import hashlib
 import json
 import math
+import random
 import re
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,13 +43,43 @@ from cabochon.model.batch import Batch, whole_sequences
 from cabochon.weights import convert
 from cabochon.weights.checkpoint import open_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "pebble"))
+
+from case import draw
+from mixture import TASKS
+
 DOC = Path(__file__).parent.parent / "docs" / "numerics.md"
 MARKS = ("<!-- quality per format -->", "<!-- end of quality per format -->")
 CALIBRATED = "calibrated:"
 PLAIN = ("bfloat16", "float32")
 FORMATS = (*PLAIN, "int8", "calibrated:int8", "int4", "calibrated:int4", *convert.FORMATS[2:], "nf4")
-APART = 400
-"""Exercises of a task that may be scored; those behind them calibrate."""
+CALIBRATING = 100
+"""Conversations of each kind that calibrate."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a format earned beside bfloat16 on the same exercises of a task. Credits are between 0 and 1."""
+
+    lost: int
+    won: int
+    n: int
+    mean: float
+    reach: float
+    """The 95 % interval is the mean and so much on either side."""
+
+    @staticmethod
+    def of(before: list[float], after: list[float]) -> Difference:
+        each = [b - a for a, b in zip(before, after, strict=True)]
+        mean = sum(each) / len(each)
+        reach = 1.96 * math.sqrt(sum((one - mean) ** 2 for one in each)) / len(each)
+        return Difference(sum(one < 0 for one in each), sum(one > 0 for one in each), len(each), mean, reach)
+
+    def __str__(self) -> str:
+        low, high = (100 * (self.mean + side * self.reach) for side in (-1, 1))
+        return (
+            f"{self.lost} lost, {self.won} won of {self.n}, {100 * self.mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,23 +89,28 @@ class Result:
     format: str
     size: int
     kl: float
-    right: int
+    right: float
     n: int
-    paired: dict[str, tuple[int, int, int]]
-    """Task -> exercises that bfloat16 alone got right, that this format alone got right, exercises."""
+    tasks: dict[str, Difference]
 
     def row(self) -> str:
         low, high = evaluate.wilson(self.right, self.n)
         share = f"{self.right / self.n:.1%} ({low:.1%} to {high:.1%})"
-        task, (lost, won, n) = max(self.paired.items(), key=lambda item: item[1][0] - item[1][1])
-        middle, reach = (won - lost) / n, 1.96 * math.sqrt(lost + won - (won - lost) ** 2 / n) / n
-        points = f"{100 * middle:+.1f} points ({100 * (middle - reach):+.1f} to {100 * (middle + reach):+.1f})"
-        worst = f"{task}: {lost} lost, {won} won of {n}, {points}" if lost > won else "none"
-        return f"| `{self.format}` | {self.size / 1e6:.1f} | {self.kl:.1e} | {share} | {worst} |"
+        task, worst = min(self.tasks.items(), key=lambda item: item[1].mean)
+        lost = f"{task}: {worst}" if worst.mean < 0 else "none"
+        return f"| `{self.format}` | {self.size / 1e6:.1f} | {self.kl:.1e} | {share} | {lost} |"
 
 
-def make(format: str, place: Path, exercises: list[evaluate.Exercise]) -> Path:
-    """The bundled checkpoint in `format`; `exercises` are those that calibrate."""
+def conversations() -> list[Sample]:
+    """What calibrates."""
+    rng = random.Random("calibrating")
+    tasks = [task for task in TASKS for _ in range(CALIBRATING)]
+    cases = [draw(task.generator, rng, test=False) if task.split else task.generator(rng) for task in tasks]
+    return [Sample(None, case.messages, case.tools, case.thinking) for case in cases]
+
+
+def make(format: str, place: Path) -> Path:
+    """The bundled checkpoint in `format`."""
     if format in PLAIN:
         return BUNDLED
     out = place / (f"{format[5:]}.gguf" if format.startswith("gguf:") else format.replace(":", "-"))
@@ -81,8 +119,7 @@ def make(format: str, place: Path, exercises: list[evaluate.Exercise]) -> Path:
         return out
     found, rounded, plain = open_checkpoint(BUNDLED), None, format.removeprefix(CALIBRATED)
     if format != plain:
-        samples = [Sample(None, e.messages, list(e.tools), e.thinking) for e in exercises]
-        ids = sequences(found, "pebble", samples, TOKENS, lambda: LLM(BUNDLED, device="cpu"))
+        ids = sequences(found, "pebble", conversations(), TOKENS, lambda: LLM(BUNDLED, device="cpu"))
         rounded = calibrated(found, ids, plain)
     convert.write(found, out, plain, "pebble", rounded=rounded)
     return out
@@ -106,60 +143,61 @@ def log_probabilities(loaded: Loaded, batch: Batch) -> torch.Tensor:
         return loaded.model(batch).float().log_softmax(-1)
 
 
-def credits(loaded: Loaded, exercises: list[evaluate.Exercise]) -> list[float]:
+def credits(loaded: Loaded, exercises: list[evaluate.Exercise]) -> dict[int, float]:
+    """What replies are worth, by the numbers of those exercises that the checkpoint has the senses for."""
     llm = AsyncLLM.of(loaded)
     try:
-        return evaluate.credits(llm, exercises)
+        able, _ = evaluate.possible(exercises, llm.front.senses.kinds if llm.front.senses else ())
+        earned = dict(zip(map(id, able), evaluate.credits(llm, able), strict=True))
     finally:
         llm.close()
+    return {i: earned[id(e)] for i, e in enumerate(exercises) if id(e) in earned}
 
 
-def measure(limit: int, formats: list[str]) -> list[Result]:
-    every = evaluate.read_tasks(evaluate.BUNDLED_TASKS)
-    exercises, scorable = evaluate.thin(every, limit), set(map(id, evaluate.thin(every, APART)))
-    calibrating = [e for e in every if id(e) not in scorable]
+def measure(exercises: list[evaluate.Exercise], formats: list[str]) -> list[Result]:
     whole = load(BUNDLED, "cpu", "bfloat16")
     assert whole.tokenizer is not None
-    texts = [f"{e.messages[-1]['content']} {e.expect}" for e in exercises[:: max(1, len(exercises) // 200)]]
+    words = [e for e in exercises if not e.shows]
+    texts = [f"{e.messages[-1]['content']} {e.expect}" for e in words[:: max(1, len(words) // 200)]]
     batch = whole_sequences([torch.tensor(whole.tokenizer.encode(text)) for text in texts])
     exact, plain = log_probabilities(whole, batch), credits(whole, exercises)
     results = []
     with tempfile.TemporaryDirectory() as place:
         for format in formats:
-            path = make(format, Path(place), calibrating)
+            path = make(format, Path(place))
             loaded = load(path, "cpu", format if format in PLAIN else "bfloat16")
             other = log_probabilities(loaded, batch)
             earned = plain if format == "bfloat16" else credits(loaded, exercises)
             weights = [path] if path.is_file() else path.glob("*.safetensors")
+            divergence = float((exact.exp() * (exact - other)).sum(-1).mean())
             results.append(
                 Result(
                     format,
                     size=sum(file.stat().st_size for file in weights),
-                    kl=max(
-                        0.0, float((exact.exp() * (exact - other)).sum(-1).mean())
-                    ),  # a sum of rounding may be below
-                    right=int(sum(earned)),
-                    n=len(exercises),
-                    paired=_paired(exercises, plain, earned),
+                    kl=max(0.0, divergence),  # a sum of rounding may be below
+                    right=sum(earned.values()),
+                    n=len(earned),
+                    tasks=_differences(exercises, plain, earned),
                 )
             )
             print(results[-1].row(), flush=True)
     return results
 
 
-def _paired(
-    exercises: list[evaluate.Exercise], before: list[float], after: list[float]
-) -> dict[str, tuple[int, int, int]]:
-    pairs = defaultdict(list)
-    for exercise, *pair in zip(exercises, before, after, strict=True):
-        pairs[exercise.task].append(pair)
-    return {task: (sum(b > a for b, a in each), sum(b < a for b, a in each), len(each)) for task, each in pairs.items()}
+def _differences(
+    exercises: list[evaluate.Exercise], before: dict[int, float], after: dict[int, float]
+) -> dict[str, Difference]:
+    tasks = defaultdict(list)
+    for i in after:
+        tasks[exercises[i].task].append(i)
+    return {task: Difference.of([before[i] for i in each], [after[i] for i in each]) for task, each in tasks.items()}
 
 
-def table(results: list[Result], limit: int) -> str:
+def table(results: list[Result], limit: int | None) -> str:
     weights = hashlib.sha256((BUNDLED / "model.safetensors").read_bytes()).hexdigest()[:12]
+    asked = f"at most {limit} exercises of each task" if limit else "the whole card"
     head = (
-        f"Bundled weights {weights}, at most {limit} exercises of each task, greedy; 95 % intervals (Wilson):\n\n"
+        f"Bundled weights {weights}, {asked}, greedy; 95 % intervals:\n\n"
         "| format | MB | KL per token | right | task that lost most beside bfloat16 |\n|---|---:|---:|---|---|\n"
     )
     return head + "\n".join(result.row() for result in results)
@@ -167,13 +205,13 @@ def table(results: list[Result], limit: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--exercises", type=int, default=100)
+    parser.add_argument("--exercises", type=int, help="of each task; otherwise all")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--write", action="store_true")
     wanted = parser.parse_args()
-    if wanted.exercises > APART:
-        parser.error(f"--exercises is {wanted.exercises}, but only {APART} of a task are kept apart from calibration")
-    results = measure(wanted.exercises, wanted.formats.split(","))
+    exercises = evaluate.bundled()
+    exercises = evaluate.thin(exercises, wanted.exercises) if wanted.exercises else exercises
+    results = measure(exercises, wanted.formats.split(","))
     made = table(results, wanted.exercises)
     if wanted.write:
         begin, end = MARKS
@@ -181,7 +219,7 @@ def main() -> None:
         DOC.write_text(
             between.sub(lambda _: f"{begin}\n{made}\n{end}", DOC.read_text(encoding="utf-8")), encoding="utf-8"
         )
-    print(json.dumps({"exercises_per_task": wanted.exercises, "results": [vars(result) for result in results]}))
+    print(json.dumps({"exercises_per_task": wanted.exercises, "results": [asdict(result) for result in results]}))
 
 
 if __name__ == "__main__":

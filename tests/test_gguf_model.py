@@ -194,6 +194,8 @@ def test_eyes_and_ears_lie_beside(tmp_path, size):
     words = Tokenizer.from_file(BUNDLED)
     text = {"vocab_size": len(words)} | ({"vocab_size_per_layer_input": len(words)} if size == "E2B" else {})
     model = toy_model(size, media=True, **text)
+    assert model.config.vision is not None
+    model.config = replace(model.config, vision=replace(model.config.vision, soft_tokens=16))
     weights = model.state_dict()
     spelling = (BUNDLED / "tokenizer.json").read_text()
     save_gguf(tmp_path / "toy.gguf", model.config, weights.__getitem__, "bf16", tokenizer_json=spelling)

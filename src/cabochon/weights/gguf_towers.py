@@ -33,6 +33,8 @@ _MEDIA_TOKENS = {
 }
 _KINDS = {"gemma4v": "E2B", "gemma4uv": "12B"}
 """Vision projector -> a published model whose config.json has what the file leaves out."""
+_MOST_PIXELS = "clip.vision.image_max_pixels"
+"""What other families' files call the size of an image that nobody asked to be smaller or larger."""
 
 _BLOCK = {
     "v": {
@@ -188,7 +190,11 @@ def tower_config(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
     unified = kind == "gemma4uv"
     if unified:
         found["model_type"] = "gemma4_unified"
-    found["vision_config"] = like["vision_config"] | (_unified_vision(file) if unified else _vision(file))
+    vision = found["vision_config"] = like["vision_config"] | (_unified_vision(file) if unified else _vision(file))
+    if isinstance(pixels := file.metadata.get(_MOST_PIXELS), int):
+        usual = pixels // (vision["patch_size"] * vision["pooling_kernel_size"]) ** 2
+        vision["num_soft_tokens" if unified else "default_output_length"] = usual
+        found["vision_soft_tokens_per_image"] = usual
     found["audio_config"] = None
     if file.metadata.get("clip.has_audio_encoder"):
         heard = {"audio_embed_dim": _shape(file, "mm.a.input_projection.weight", 2)[1]} if unified else _audio(file)
@@ -259,6 +265,7 @@ def tower_metadata(config: ModelConfig, name: str) -> dict[str, Any]:
         "clip.vision.projector_type": "gemma4uv" if unified else "gemma4v",
         "clip.vision.projection_dim": config.text.hidden_size,
         "clip.vision.image_size": 224,  # wanted by the loader, read by nobody
+        _MOST_PIXELS: vision.soft_tokens * (vision.patch_size * vision.pooling_kernel_size) ** 2,
         "clip.vision.patch_size": vision.patch_size,
         "clip.vision.image_mean": [0.0] * 3,
         "clip.vision.image_std": [1.0] * 3,
