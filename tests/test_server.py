@@ -15,7 +15,7 @@ from llguidance import LLParserLimits
 
 from cabochon.chat import grammar
 from cabochon.llm import AsyncLLM
-from support.stand import NAME, post, running, toy_llm
+from support.stand import NAME, bundled_llm, post, running, toy_llm
 
 PICK = {
     "type": "object",
@@ -218,6 +218,26 @@ def test_what_is_beyond_a_grammar_is_refused_or_reported(base: str) -> None:
     assert any("breaks its schema" in warning for warning in choice["warnings"])
 
 
+def test_reasoning_may_be_left_out() -> None:
+    asked = {
+        "model": None,
+        "messages": [{"role": "user", "content": "What is 347 + 285?"}],
+        "chat_template_kwargs": {"enable_thinking": True},
+        "max_tokens": 200,
+        "temperature": 0,
+    }
+    llm = bundled_llm()
+    with running(llm) as base:
+        full, short = chat(base, **asked), chat(base, **asked, include_reasoning=False)
+        chunks = stream(base, **asked, include_reasoning=False)
+    llm.close()
+    (said,), (kept,), (joined,) = full["choices"], short["choices"], join(chunks)
+    assert said["message"]["reasoning"]
+    assert (kept["message"]["reasoning"], kept["message"]["reasoning_content"], joined["reasoning"]) == (None, None, "")
+    assert said["message"]["content"] == kept["message"]["content"] == joined["content"] == "632"
+    assert short["usage"] == full["usage"]
+
+
 @pytest.mark.parametrize("budget", [0, 16, 256])
 def test_thinking_stays_within_its_budget(base: str, budget: int) -> None:
     for seed in range(4):
@@ -352,6 +372,7 @@ def test_unknown_fields_are_ignored_and_ids_come_back(base: str) -> None:
         ("modalities", ["text", "audio"], ["text"]),
         ("continue_final_message", True, False),
         ("cache_salt", "mine", ""),
+        ("priority", 3, 0),
     ],
 )
 def test_fields_that_would_change_the_reply_elsewhere_are_not_ignored(
@@ -375,13 +396,18 @@ def test_completions(base: str) -> None:
     assert "choices" in whole, whole
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert whole["usage"]["completion_tokens"] == 32
-    texts, tokens = [""] * 4, [[] for _ in range(4)]
+    texts, tokens, came = [""] * 4, [[] for _ in range(4)], []
     for chunk in events(post(base, "/v1/completions", {**asked, "stream": True})):
         for choice in chunk["choices"]:
+            came.append(choice["index"])
             texts[choice["index"]] += choice["text"]
             tokens[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
     assert texts == [choice["text"] for choice in whole["choices"]]
     assert tokens == [choice["logprobs"]["tokens"] for choice in whole["choices"]]
+    assert came.index(2) < len(came) - 1 - came[::-1].index(0), "prompts are answered side by side"
+    for stream in (False, True):
+        answer = post(base, "/v1/completions", {"prompt": ["x", "one " * 5000], "max_tokens": 500, "stream": stream})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     ids = post(base, "/v1/completions", {"prompt": [2, 120, 121], "max_tokens": 2}).json()
     assert ids["usage"]["prompt_tokens"] == 3
     echoed = post(base, "/v1/completions", {"prompt": "one", "echo": True, "logprobs": 0, "max_tokens": 2}).json()

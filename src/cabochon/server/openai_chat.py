@@ -122,7 +122,10 @@ def read_format(wanted: wire.ResponseFormat | None) -> Shape | None:
 class ChatWriter:
     """Writes one completion, whole or in chunks. The identity and the date are given, so that output is a function."""
 
-    def __init__(self, identity: str, created: int, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, identity: str, created: int, model: str, tokenizer: Tokenizer, *, reasoning: bool = True
+    ) -> None:
+        self._reasoning = reasoning
         self._head = {"id": identity, "created": created, "model": model, "system_fingerprint": None}
         self._tokenizer = tokenizer
         self._opened: set[int] = set()
@@ -144,7 +147,7 @@ class ChatWriter:
             match event:
                 case TextDelta(text):
                     written.append(self._chunk(index, {"content": text}))
-                case ThinkingDelta(text):
+                case ThinkingDelta(text) if self._reasoning:
                     written.append(self._chunk(index, {"reasoning": text, "reasoning_content": text}))
                 case ArgumentsDelta():
                     written.append(self._chunk(index, {"tool_calls": [self._piece(event)]}))
@@ -164,7 +167,8 @@ class ChatWriter:
         for index, reply in enumerate(replies):
             content = reply.text or (None if reply.tool_calls else "")
             message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-            message |= {"reasoning": reply.thinking, "reasoning_content": reply.thinking}
+            thought = reply.thinking if self._reasoning else None
+            message |= {"reasoning": thought, "reasoning_content": thought}
             if reply.tool_calls:
                 message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
             shown = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -30,7 +31,8 @@ def openai_routes(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", summary="Answer a conversation", tags=["OpenAI"])
     async def chat(body: wire.ChatRequest, request: Request) -> Response:
         model, ask = service.model_name(body.model), read_chat(body)
-        writer = ChatWriter(new_id("chatcmpl"), now(), model, service.tokenizer)
+        shown = body.include_reasoning is not False
+        writer = ChatWriter(new_id("chatcmpl"), now(), model, service.tokenizer, reasoning=shown)
         chunks = service.chat(ask, request_id(request))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -154,19 +156,17 @@ async def _completion_stream(
     shape: Shape | None,
     usage: bool,
 ) -> AsyncGenerator[bytes]:
-    """The prompts one after the other, their choices numbered through."""
-    prompt_tokens = completion_tokens = 0
-    for number, prompt in enumerate(prompts):
-        prompt_tokens += _length(service, prompt)
-        async with aclosing(service.complete(prompt, params, shape)) as chunks:
-            async for chunk in chunks:
-                completion_tokens += len(chunk.token_ids)
-                if chunk.text or chunk.finish_reason or chunk.logprobs:
-                    logprobs = chunk.logprobs if params.logprobs is not None else None
-                    index = number * params.n + chunk.index
-                    yield data_event(writer.chunk(writer.choice(index, chunk.text, chunk.finish_reason, logprobs)))
+    """The choices of all prompts, numbered through."""
+    completion_tokens = 0
+    async with aclosing(_side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
+        async for number, chunk in chunks:
+            completion_tokens += len(chunk.token_ids)
+            if chunk.text or chunk.finish_reason or chunk.logprobs:
+                logprobs = chunk.logprobs if params.logprobs is not None else None
+                index = number * params.n + chunk.index
+                yield data_event(writer.chunk(writer.choice(index, chunk.text, chunk.finish_reason, logprobs)))
     if usage:
-        yield data_event({**writer.chunk(), "usage": completion_usage(prompt_tokens, completion_tokens)})
+        yield data_event({**writer.chunk(), "usage": completion_usage(_lengths(service, prompts), completion_tokens)})
     yield DONE
 
 
@@ -178,31 +178,59 @@ async def _completion_whole(
     shape: Shape | None,
     echo: bool,
 ) -> dict[str, object]:
-    choices, prompt_tokens, completion_tokens = [], 0, 0
     if echo and params.logprobs is not None:
         params = replace(params, prompt_logprobs=params.logprobs)
-    for number, prompt in enumerate(prompts):
-        prompt_tokens += _length(service, prompt)
-        texts = [_spelt(service, prompt) if echo else ""] * params.n
-        scores: list[list[TokenLogprob | None]] = [[] for _ in texts]
-        reasons = ["stop"] * params.n
-        async with aclosing(service.complete(prompt, params, shape)) as chunks:
-            async for chunk in chunks:
-                completion_tokens += len(chunk.token_ids)
-                texts[chunk.index] += chunk.text
-                if chunk.prompt_logprobs is not None:
-                    for score in scores:
-                        score[:0] = chunk.prompt_logprobs
-                scores[chunk.index] += chunk.logprobs
-                reasons[chunk.index] = chunk.finish_reason or reasons[chunk.index]
-        for index, text in enumerate(texts):
-            logprobs = scores[index] if params.logprobs is not None else None
-            choices.append(writer.choice(number * params.n + index, text, reasons[index], logprobs))
-    return writer.whole(choices, prompt_tokens, completion_tokens)
+    texts = [_spelt(service, prompt) if echo else "" for prompt in prompts for _ in range(params.n)]
+    scores: list[list[TokenLogprob | None]] = [[] for _ in texts]
+    reasons = ["stop"] * len(texts)
+    completion_tokens = 0
+    async with aclosing(_side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
+        async for number, chunk in chunks:
+            completion_tokens += len(chunk.token_ids)
+            first = number * params.n
+            texts[first + chunk.index] += chunk.text
+            if chunk.prompt_logprobs is not None:
+                for score in scores[first : first + params.n]:
+                    score[:0] = chunk.prompt_logprobs
+            scores[first + chunk.index] += chunk.logprobs
+            reasons[first + chunk.index] = chunk.finish_reason or reasons[first + chunk.index]
+    shown = scores if params.logprobs is not None else [None] * len(texts)
+    choices = [writer.choice(i, *choice) for i, choice in enumerate(zip(texts, reasons, shown, strict=True))]
+    return writer.whole(choices, _lengths(service, prompts), completion_tokens)
 
 
-def _length(service: Service, prompt: str | list[int]) -> int:
-    return len(service.llm.front.encode(prompt)) if isinstance(prompt, str) else len(prompt)
+async def _side_by_side(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
+    """The chunks of all `streams` as they come, with the stream's number. The first failure ends them all."""
+    queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
+
+    async def forward(number: int, stream: AsyncGenerator[Chunk]) -> None:
+        async with aclosing(stream):
+            async for chunk in stream:
+                queue.put_nowait((number, chunk))
+
+    async def forward_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for numbered in enumerate(streams):
+                    group.create_task(forward(*numbered))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        finally:
+            queue.put_nowait(None)
+
+    work = asyncio.create_task(forward_all())
+    try:
+        while (found := await queue.get()) is not None:
+            yield found
+        await work
+    finally:
+        if work.cancel():
+            with suppress(asyncio.CancelledError):
+                await work
+
+
+def _lengths(service: Service, prompts: Prompts) -> int:
+    return sum(len(service.llm.front.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
 
 
 def _spelt(service: Service, prompt: str | list[int]) -> str:

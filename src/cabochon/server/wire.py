@@ -154,6 +154,7 @@ class ChatRequest(Sampling):
     structured_outputs: StructuredOutputs | None = None
     reasoning_effort: Effort | None = None
     thinking_token_budget: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    include_reasoning: bool | None = Field(None, description="False: the reply without the thinking before it.")
     chat_template_kwargs: TemplateKwargs | None = None
     mm_processor_kwargs: MediaKwargs | None = None
 
