@@ -111,6 +111,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "n": {"n": 3},
     "thinking": {"chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 60},
     "effort": {"reasoning_effort": "low", "max_tokens": 60},
+    "all effort": {"reasoning_effort": "max", "max_tokens": 60},
     "budget": {"thinking_token_budget": 12, "max_tokens": 60},
     "tools auto": {"tools": TOOLS},
     "tools none": {"tools": TOOLS, "tool_choice": "none"},
@@ -516,6 +517,21 @@ def test_responses(base: str) -> None:
     for _ in range(3):
         post(base, "/v1/responses", {**asked, "max_output_tokens": 2})
     assert httpx.get(f"{base}/v1/responses/{whole['id']}").status_code == 404
+
+
+def test_responses_take_what_all_endpoints_take(base: str) -> None:
+    asked = {"model": NAME, "input": "Pick one.", "max_output_tokens": 12}
+
+    def text(**more: Any) -> str:
+        answer = post(base, "/v1/responses", {**asked, **more})
+        assert answer.status_code == 200, answer.text
+        return "".join(part["text"] for item in answer.json()["output"] for part in item["content"])
+
+    greedy = text(temperature=0)
+    assert text(temperature=2, top_k=1) == greedy != text(temperature=2, top_k=0, top_p=1, seed=1)
+    assert text(temperature=0, stop=greedy[4:6]) == greedy[: greedy.index(greedy[4:6])]
+    error = post(base, "/v1/responses", {**asked, "conversation": {"id": "conv_1"}})
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "conversation")
 
 
 def test_responses_with_logprobs(base: str) -> None:

@@ -11,8 +11,16 @@ from ..engine.request import SamplingParams
 from ..errors import RequestError
 from . import wire
 
-EFFORT_BUDGETS = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096, "high": 16384}
-"""Most tokens of thinking per `reasoning_effort`; the room of the request may allow fewer."""
+EFFORT_BUDGETS = {
+    "none": 0,
+    "minimal": 128,
+    "low": 1024,
+    "medium": 4096,
+    "high": 16384,
+    "xhigh": 65536,
+    "max": None,
+}
+"""Most tokens of thinking per `reasoning_effort` (None: no limit); the room of the request may allow fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +112,10 @@ def thinking(
 
     An explicit budget beats the effort's; the explicit switch beats both.
     """
-    if budget is None and effort is not None:
-        budget = EFFORT_BUDGETS[effort]
     if switch is False:
         return False, 0
+    if budget is None and effort is not None:
+        switch, budget = True, EFFORT_BUDGETS[effort]
     if budget is None:
         return switch, None
     if budget == 0 and switch is True and effort is None:

@@ -34,6 +34,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "continue_final_message": ((), _WHOLE_TURNS),
     "chat_template": ((), "the template is the server's; start it with --chat-template"),
     "documents": ((), "put their text into a message"),
+    "conversation": ((), "continue a response with previous_response_id"),
     "priority": ((), "requests are served in the order in which they come"),
     "cache_salt": ((), "prefixes are shared by all clients; start with --no-enable-prefix-caching to share none"),
 }

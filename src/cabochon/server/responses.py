@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat.messages import Message, Tool
-from ..engine.request import SamplingParams
 from ..errors import RequestError
 from . import wire
-from .ask import Ask, Shape, thinking, tool_rules, unique_names
+from .ask import Ask, Shape, params, thinking, tool_rules, unique_names
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` holds for logprobs of the text; `top_logprobs` asks for them as well."""
@@ -29,12 +28,7 @@ def read_response(request: wire.ResponsesRequest, earlier: Sequence[Message] = (
     system = [Message.of({"role": "system", "content": request.instructions}, "instructions")]
     return Ask(
         messages=(*(system if request.instructions else ()), *earlier, *read_input(input_items(request.input))),
-        params=SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            max_tokens=request.max_output_tokens,
-            logprobs=_logprobs(request),
-        ),
+        params=params(request, max_tokens=request.max_output_tokens, n=None, logprobs=_logprobs(request)),
         tools=tools,
         callable=() if request.tool_choice == "none" else tool_rules(tools, names, "tool_choice"),
         must_call=must_call,

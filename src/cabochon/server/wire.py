@@ -18,7 +18,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Effort = Literal["none", "minimal", "low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None
 
@@ -229,7 +229,7 @@ class Reasoning(Wire):
     effort: Effort | None = None
 
 
-class ResponsesRequest(Wire):
+class ResponsesRequest(Sampling):
     """POST /v1/responses"""
 
     model: str | None = None
@@ -237,8 +237,6 @@ class ResponsesRequest(Wire):
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[str] | None = None
     tools: list[ResponseTool] | None = None
