@@ -91,3 +91,23 @@ def test_a_narrow_terminal_cuts_no_figure(monkeypatch, capsys):
     for figure in ("decode 100 at 131071", "1234567.8", "7654321.9", "46%", "123456.7 (10.01x)", "98765.4 (12.51x)"):
         assert figure in shown.out
     assert "0.1235" in shown.err and "random:E2B?media=no&layers=5" * 3 in shown.err
+
+
+def test_the_server_beside_the_bare_engine():
+    words = ["--streams", "1,2", "--input-len", "8", "--output-len", "6", "--fresh", "40", "--cached", "40"]
+    result = bench("serve", *words, "--repeats", "1")
+    ways = ["engine steps", "LLM.generate", "server, whole", "server, streamed"]
+    whats = ["1 at once", "2 at once", "first token, 40 new", "first token, 40 known"]
+    assert [(row["what"], row["way"]) for row in result["rows"]] == [(what, way) for what in whats for way in ways]
+    for row in result["rows"]:
+        tokens = {"1": 6, "2": 12}.get(row["what"][0], 1)
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(tokens)
+        assert (row["loop_ms_per_step"] is None) == (row["way"] in ways[:2])
+    assert all(row["of_engine"] == 1 for row in result["rows"] if row["way"] == ways[0])
+
+
+def test_a_server_that_fails_is_no_figure(monkeypatch):
+    nothing = torch.full((1, 2048), torch.nan)
+    monkeypatch.setattr(Runner, "run", lambda self, batch: (nothing, nothing))
+    with pytest.raises(EngineError, match="not numbers"):
+        bench("serve", "--repeats", "1")

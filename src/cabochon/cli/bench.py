@@ -16,18 +16,19 @@ import typer
 from ..errors import InputError
 from .bench_cpu import cpu
 from .bench_gpu import gpu
+from .bench_serve import serve, step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..engine.engine import Engine
-    from ..engine.request import StepOutput
     from ..llm import LLM
     from .baseline import Transformers
 
 app = typer.Typer(name="bench", help="Measure: tables, then one JSON line.", no_args_is_help=True)
 app.command("cpu")(cpu)
 app.command("gpu")(gpu)
+app.command("serve")(serve)
 
 Model = Annotated[str | None, typer.Argument(help="As for chat; also random:E2B?layers=10. None: the bundled model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
@@ -209,17 +210,6 @@ def _add(engine: Engine, name: str, prompt: Sequence[int], length: int) -> None:
     engine.add(Request(name, prompt, params))
 
 
-def _step(engine: Engine) -> list[StepOutput]:
-    """One step; a request that fails is an error, not a figure."""
-    from ..llm.replies import failure
-
-    outputs = engine.step()
-    for output in outputs:
-        if output.error is not None:
-            raise failure(output)
-    return outputs
-
-
 def _timed(engine: Engine, prompts: list[list[int]], length: int) -> dict[str, float]:
     """Seconds until every request had its first token, and in all."""
     begin = time.perf_counter()
@@ -227,7 +217,7 @@ def _timed(engine: Engine, prompts: list[list[int]], length: int) -> dict[str, f
         _add(engine, str(i), prompt, length)
     waiting, first = set(map(str, range(len(prompts)))), 0.0
     while engine.busy:
-        for output in _step(engine):
+        for output in step(engine):
             waiting.discard(output.request_id)
         if not waiting and not first:
             first = time.perf_counter() - begin
@@ -247,7 +237,7 @@ def _simulate(engine: Engine, arrivals: list[tuple[float, list[int], int]]) -> t
         if not engine.busy:
             time.sleep(max(0.0, arrivals[sent][0] - now))
             continue
-        for output in _step(engine):
+        for output in step(engine):
             now = time.perf_counter() - begin
             if output.request_id in last:
                 gaps.append(now - last[output.request_id])

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..chat.tokenizer import Tokenizer
 from ..config import Kind, ModelConfig
 from ..formats import FORMATS
 from ..kv.layout import kv_groups
@@ -23,6 +24,13 @@ from ..weights.params import Param, as_kept, parameters
 from ..weights.random import calm_tensor
 
 PAGE = 32
+
+
+class Wordy(Tokenizer):
+    """Random weights say every id of the vocabulary, of which the bundled tokenizer knows few; all of them are text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return super().token_bytes(token_id) or f" w{token_id}".encode()
 
 
 def random_codes(config: ModelConfig, format: str) -> Gemma4:

@@ -60,9 +60,8 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
     Angles are taken in float32 and rounded to the model's type, as the reference does; at position 131,071 this differs
     from exact angles, so computing them "better" would be worse.
     """
-    angle = position.float()[:, None] * _frequencies(rope, head_dim, position.device)
-    cos, sin = ops.cos_sin(angle)
-    return cos.to(dtype), sin.to(dtype)
+    cos, sin = ops.cos_sin(position, _frequencies(rope, head_dim, position.device))
+    return ops.retyped(cos, dtype), ops.retyped(sin, dtype)
 
 
 @cache

@@ -28,6 +28,8 @@ FORMATS = {"int8": 1, "int4": 2}
 """Quantised formats that there are kernels for, as they call them."""
 _on = _cpu is not None
 HUGE_PAGE = 2 << 20
+SHARED = 32768
+"""Numbers from which on torch shares out what it does with each of them."""
 
 
 def supported() -> list[str]:
@@ -181,6 +183,16 @@ def _steps(stacked: Weight) -> tuple[int, int]:
     return stacked.nbytes // stacked.shape[0], 0
 
 
+def retyped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Piece by piece, none of which is worth torch's team (see `cos_sin`)."""
+    if x.dtype == dtype:
+        return x
+    y = torch.empty(x.shape, dtype=dtype)
+    for to, piece in zip(y.view(-1).split(SHARED - 1), x.reshape(-1).split(SHARED - 1), strict=True):
+        to.copy_(piece)
+    return y
+
+
 def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """Torch would gather more than a few rows on a team of its own, whose threads then stay awake for some milliseconds
     and hold up ours."""
@@ -285,14 +297,12 @@ def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale
     return y
 
 
-def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
+def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """Torch would wake a team of its own for any number of angles, whose threads stay awake for some milliseconds and
     hold up ours."""
-    if angle.dtype != torch.float32:
-        return reference.cos_sin(angle)
-    angle = angle.contiguous()
-    cos, sin = torch.empty_like(angle), torch.empty_like(angle)
-    _cpu.cos_sin(angle.data_ptr(), angle.numel(), cos.data_ptr(), sin.data_ptr())
+    position, count, width = position.int().contiguous(), position.shape[0], frequency.shape[0]
+    cos, sin = torch.empty(count, width), torch.empty(count, width)
+    _cpu.cos_sin(position.data_ptr(), count, frequency.data_ptr(), width, cos.data_ptr(), sin.data_ptr())
     return cos, sin
 
 

@@ -71,9 +71,15 @@ def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale
     return (rms_norm(x * scale, weight, eps) + token) * 2**-0.5
 
 
-def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every angle; how many thousand turns it has made counts."""
+def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `position` [T] times `frequency` [A], an angle in float32: how many thousand turns it has made counts."""
+    angle = position.float()[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def retyped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype` has it."""
+    return x.to(dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

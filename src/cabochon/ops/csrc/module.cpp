@@ -159,11 +159,13 @@ void per_layer(Address x, int dtype, long count, long width, Address onto, Addre
 }
 
 // Torch's own wake a team of threads for any number of angles, who then stay awake and hold up ours.
-void cos_sin(Address angles, long count, Address cos, Address sin) {
-    const auto* angle = reinterpret_cast<const float*>(angles);
-    for (long i = 0; i < count; ++i) {
-        reinterpret_cast<float*>(cos)[i] = std::cos(angle[i]);
-        reinterpret_cast<float*>(sin)[i] = std::sin(angle[i]);
+void cos_sin(Address positions, long count, Address frequencies, long width, Address cos, Address sin) {
+    const auto* position = reinterpret_cast<const int32_t*>(positions);
+    const auto* frequency = reinterpret_cast<const float*>(frequencies);
+    for (long i = 0; i < count * width; ++i) {
+        const float angle = float(position[i / width]) * frequency[i % width];
+        reinterpret_cast<float*>(cos)[i] = std::cos(angle);
+        reinterpret_cast<float*>(sin)[i] = std::sin(angle);
     }
 }
 
