@@ -64,7 +64,7 @@ void run_rows(const Operand& x, long row, long from, long to, const OpenPanel<F>
     const long groups = x.groups, stride = F == INT8 ? 2 * GROUP : groups * GROUP;
     const int8_t* codes = x.codes + (row * groups + from) * GROUP;
     const float* steps = x.scales + row * groups + from;
-    const int32_t* sums = x.sums + row * groups + from;
+    const int32_t* begins = x.begins + row * groups + from;
     alignas(32) int8_t wide[F == INT8 ? OPEN_GROUPS<F> : 1][R][2 * GROUP];
     if constexpr (F == INT8) {
         for (long g = 0; g < to - from; ++g)
@@ -79,7 +79,7 @@ void run_rows(const Operand& x, long row, long from, long to, const OpenPanel<F>
     if (!from)
         for (int r = 0; r < R; ++r) put(out + r * BLOCK, zero());
     const __m256i ones = _mm256_set1_epi16(1);
-    for (long g = 0; g < to - from; ++g, codes += F == INT8 ? R * stride : GROUP, ++steps, ++sums) {
+    for (long g = 0; g < to - from; ++g, codes += F == INT8 ? R * stride : GROUP, ++steps, ++begins) {
         asm("" ::: "memory");  // or GCC would keep what is in `out` twice
         __m256i total[R][HALVES];
 #pragma GCC unroll 16
@@ -104,11 +104,11 @@ void run_rows(const Operand& x, long row, long from, long to, const OpenPanel<F>
         for (int r = 0; r < R; ++r) {
             float* to = out + r * BLOCK;
             const F16 step = splat(steps[r * groups]);
-            const __m256i less = _mm256_slli_epi32(_mm256_set1_epi32(sums[r * groups]), 3);  // codes are 8 too large
+            const __m256i begin = _mm256_set1_epi32(begins[r * groups]);
             I16 whole;
             for (int half = 0; half < HALVES; ++half) {
                 const __m256i sum = total[r][half];
-                whole.part[half] = (I16::Part)(F == INT8 ? sum : _mm256_sub_epi32(_mm256_madd_epi16(sum, ones), less));
+                whole.part[half] = (I16::Part)(F == INT8 ? sum : _mm256_add_epi32(begin, _mm256_madd_epi16(sum, ones)));
             }
             put(to, fma(to_float(whole), F == INT4 ? step * w.scales[g] : step, get(to)));
         }

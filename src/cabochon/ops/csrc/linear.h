@@ -48,7 +48,7 @@ Operand widened(const Rows& x, Slot slot) {
 // x as the left side of products with weights of `format`.
 Operand operand(const Rows& x, Format format, Slot slot) {
     if (format == DENSE) return WIDENED<Bf16> && x.dtype == BFLOAT16 ? widened(x, slot) : Operand::dense(x.data, x.stride);
-    const Operand left = Operand::in(scratch(slot, Operand::bytes(x.count, x.width)), x.count, x.width);
+    const Operand left = Operand::in(scratch(slot, Operand::bytes(x.count, x.width)), x.count, x.width, format);
     const long chunk = 16;
     parallel((x.count + chunk - 1) / chunk, [&](long item) {
         for (long row = item * chunk; row < least(x.count, (item + 1) * chunk); ++row)
@@ -126,7 +126,7 @@ struct Hidden {
             operand = Operand::dense(rows.data, width);
         } else {
             rows = {nullptr, dtype, count, width, width};
-            operand = Operand::in(scratch(HIDDEN, Operand::bytes(count, width)), count, width);
+            operand = Operand::in(scratch(HIDDEN, Operand::bytes(count, width)), count, width, format);
         }
     }
 
@@ -211,12 +211,12 @@ struct Routing {
 Operand gather(const Operand& x, const Routing& routing, const Experts& op, long rows) {
     const long width = op.x.width;
     if (op.gate_up.format != DENSE) {
-        const Operand to = Operand::in(scratch(SORTED, Operand::bytes(rows, width)), rows, width);
+        const Operand to = Operand::in(scratch(SORTED, Operand::bytes(rows, width)), rows, width, op.gate_up.format);
         for (long row = 0; row < rows; ++row) {
             const long token = routing.source[row] / op.per_token, g = x.groups;
             memcpy(to.codes + row * g * GROUP, x.codes + token * g * GROUP, g * GROUP);
             memcpy(to.scales + row * g, x.scales + token * g, g * sizeof(float));
-            memcpy(to.sums + row * g, x.sums + token * g, g * sizeof(int32_t));
+            memcpy(to.begins + row * g, x.begins + token * g, g * sizeof(int32_t));
         }
         return to;
     }

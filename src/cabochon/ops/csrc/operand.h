@@ -10,26 +10,36 @@ using namespace cabochon;
 
 constexpr long GROUP = 32;
 
-// Rows of activations. For integer weights `codes`, `scales` and `sums` are filled, one scale and sum per group;
+// By how much weights' codes are stored too large, so that they have no sign.
+constexpr int32_t excess(Format weights) {
+#if CABOCHON_AVX2
+    return weights == INT8 ? 0 : 8;  // int8 codes get their sign back before they are multiplied
+#else
+    return weights == INT8 ? 128 : 8;
+#endif
+}
+
+// Rows of activations. For integer weights `codes`, `scales` and `begins` are filled, one scale and beginning per group;
 // `quant.round_activations` is the definition.
 struct Operand {
     const void* data;  // dense: the rows
     long stride;       // dense: elements
     int8_t* codes;     // [rows, groups * 32]
     float* scales;     // [rows, groups]
-    int32_t* sums;     // [rows, groups], sum of a group's codes
+    int32_t* begins;   // [rows, groups], where the sum of a group's products begins: `excess` of all codes, taken away
+    int32_t less;      // the `excess`
     long groups;
 
     static size_t bytes(long rows, long width) { return rows * ((width + GROUP - 1) / GROUP) * (GROUP + 8); }
 
-    static Operand in(void* memory, long rows, long width) {
+    static Operand in(void* memory, long rows, long width, Format weights) {
         const long groups = (width + GROUP - 1) / GROUP;
         auto* scales = static_cast<float*>(memory);
-        auto* sums = reinterpret_cast<int32_t*>(scales + rows * groups);
-        return {nullptr, 0, reinterpret_cast<int8_t*>(sums + rows * groups), scales, sums, groups};
+        auto* begins = reinterpret_cast<int32_t*>(scales + rows * groups);
+        return {nullptr, 0, reinterpret_cast<int8_t*>(begins + rows * groups), scales, begins, excess(weights), groups};
     }
 
-    static Operand dense(const void* data, long stride) { return {data, stride, nullptr, nullptr, nullptr, 0}; }
+    static Operand dense(const void* data, long stride) { return {data, stride, nullptr, nullptr, nullptr, 0, 0}; }
 
     inline __attribute__((always_inline)) void set(long row, long group, F16 a, F16 b) const {
         // As integers, magnitudes order like floats and what is not a number is the largest: it reaches the scale.
@@ -44,7 +54,7 @@ struct Operand {
         put_bytes(to, qa);
         put_bytes(to + LANES, qb);
         scales[row * groups + group] = scale;
-        sums[row * groups + group] = sum(qa + qb);
+        begins[row * groups + group] = -less * sum(qa + qb);
     }
 
     template <class T>
