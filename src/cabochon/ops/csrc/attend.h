@@ -9,50 +9,16 @@
 // are, queries and weights rounded to 8 bits (docs/numerics.md has the definition). Other rows of such pages are widened first.
 #pragma once
 
-#include "attend_tiles.h"
+#include "attend_codes.h"
+#include "attend_state.h"
 
 namespace {
 
 constexpr long TILE = 48;
-constexpr long CODED = 64, BLOCKS = KEYS / CODED;  // keys in codes whose weights are rounded together
+constexpr long BLOCKS = KEYS / CODED;
 constexpr long SINGLE = 16, CHUNKS = 4;    // so many blocks are a chunk each, later ones so many chunks: by then there are enough
 constexpr size_t SHARED_BYTES = 32 << 20;  // of blocks' results while threads share them out
 constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are scored, or left out, together
-
-// What a block comes to, or several: the state of the online softmax of a unit's rows.
-struct State {
-    float *acc, *top, *weight;  // [rows, head], [rows], [rows]
-
-    static size_t floats(long rows, long head) { return rows * (head + 2 * LANES); }
-    static State in(float* memory, long rows, long head) {
-        return {memory, memory + rows * head, memory + rows * (head + LANES)};
-    }
-    // Nothing is seen yet; what `acc` holds is left to whoever writes there first.
-    void forget(long rows) const {
-        for (long r = 0; r < rows; ++r) top[r] = -__builtin_inff(), weight[r] = 0;
-    }
-    // Row r, now that there is a larger score: all so far counts for less.
-    void lower(long r, float to, long head) const {
-        if (!(to > top[r])) return;
-        const float share = lane_zero(exponential(splat(top[r] - to)));
-        top[r] = to;
-        if (weight[r] == 0) return;
-        weight[r] *= share;
-        for (long i = 0; i < head; i += LANES) put(acc + r * head + i, get(acc + r * head + i) * share);
-    }
-    // Row r of this, then of `later`, as one.
-    void merge(const State& later, long r, long head) const {
-        if (later.weight[r] == 0) return;
-        const float both = later.top[r] > top[r] ? later.top[r] : top[r];
-        const float mine = lane_zero(exponential(splat(top[r] - both))), other = lane_zero(exponential(splat(later.top[r] - both)));
-        top[r] = both;
-        weight[r] = weight[r] * mine + later.weight[r] * other;
-        for (long i = 0; i < head; i += LANES) {
-            float* to = acc + r * head + i;
-            put(to, fma(get(to), splat(mine), get(later.acc + r * head + i) * other));
-        }
-    }
-};
 
 // Where the rows of a chunk lie, and the scales of those in 8 bits. Only the keys [first, last) of it are seen, [begin, end) are
 // filled up by rows of zeros; those before `coded` are multiplied as codes.
@@ -60,11 +26,6 @@ struct Found {
     const char* row[KEYS];
     const float* scale[KEYS];
     long first, last, begin, coded, end;
-};
-
-// The part of a key whose codes share a scale: numbers [begin, end) of the head.
-struct KeyPart {
-    long begin, end;
 };
 
 template <class T>
@@ -82,7 +43,8 @@ struct Attention {
     };
 
     struct Buffers {
-        uint32_t *queries, *weights, *coded_queries, *coded_weights;
+        uint32_t *queries, *weights, *coded_weights;
+        CodedQueries coded_queries;  // of the first rows; those of others follow
         float *scores[2], *weight_units;  // by either part of keys; what an integer of a row's weights is worth, block by block
         State block;
         Wide* copies;  // of keys, or of a column of values, that don't lie as they are read
@@ -92,14 +54,13 @@ struct Attention {
     explicit Attention(const Attend& op)
         : op(op), group(op.heads / op.kv_heads), lanes((op.head + FULL - 1) / FULL * FULL),
           cut(least(most(op.split - op.key_offset, 0), op.head)), parts{{0, cut}, {cut, op.head}},
-          whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && cut % FULL == 0 &&
+          whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && cut % FOLD == 0 && op.head <= WIDEST &&
                 (op.split <= op.value_offset || op.split >= op.value_offset + op.head)) {}
 
     template <Words W>
     long inner() const {
         return lanes / PER_WORD<W>;
     }
-    long code_words() const { return inner<QUADS_OF_BYTES>() + 4 * LANES; }
 
     // Where the keys [from, from + KEYS) of a unit lie, up to `until`: in the pages or among the step's rows.
     void find(const Unit& u, long from, long until, const Buffers& b, Found& found) const {
@@ -140,11 +101,8 @@ struct Attention {
     }
     long stored() const { return op.scales ? 1 : sizeof(T); }  // bytes of a number in the pages
 
-    // Can the numbers of a row be read as words W where they lie?
-    template <Words W>
-    bool lies_ready(const float* scale) const {
-        return W == QUADS_OF_BYTES || (sizeof(T) == sizeof(Wide) && !scale && lanes == op.head);
-    }
+    // Can the numbers of a row be read where they lie?
+    bool lies_ready(const float* scale) const { return sizeof(T) == sizeof(Wide) && !scale && lanes == op.head; }
 
     // The numbers [begin, end) of a row and zeros after them, `room` in all.
     const Wide* copy(const char* row, const float* scale, long begin, long end, Wide* to, long room) const {
@@ -178,35 +136,13 @@ struct Attention {
             const T* q = static_cast<const T*>(op.q) + (token * op.heads + head) * op.head;
             auto* to = reinterpret_cast<Wide*>(b.queries + r * inner<OWN>());
             for (long i = 0; i < lanes; i += LANES) put(to + i, i < op.head ? get(q + i, op.head - i) : zero());
-            uint32_t* codes = b.coded_queries + r * code_words();
-            for (long i = 0; whole && i < 2; ++i)
-                round_query(q, parts[i], reinterpret_cast<int8_t*>(codes), codes + inner<QUADS_OF_BYTES>() + i * 2 * LANES);
+            const CodedQueries coded = coded_queries(b, r);
+            for (long i = 0; whole && i < 2; ++i) coded.round(q, parts[i], r % TOGETHER, coded.ends(lanes, i)[r % TOGETHER]);
         }
     }
 
-    // A part of a query to codes, and what `Queries` says of them to `begin`. The scales are no numbers if any of `q` is none.
-    void round_query(const T* q, const KeyPart& part, int8_t* codes, uint32_t* begin) const {
-        F16 odd = zero();
-        I16 sums = splat(0);
-        alignas(64) float scales[FULL];
-        F16 inverse[FULL / LANES];
-        for (long v = 0; v < FULL / LANES; ++v) {
-            F16 top = splat(1e-30f);
-            for (long i = part.begin + v * LANES; i < part.end; i += FULL) {
-                const F16 some = get(q + i);
-                top = larger(larger(some, 0.0f - some), top), odd = odd + (some - some);
-            }
-            top = largest_of_fours(top);
-            inverse[v] = 127.0f / top;
-            put(scales + v * LANES, top * (1.0f / 127));
-        }
-        for (long i = part.begin; i < part.end; i += LANES) put_bytes(codes + i, rounded(get(q + i) * inverse[i % FULL / LANES]));
-        for (long i = part.begin; i < part.end; i += FULL) sums = multiply_bytes(sums, U16::of(0x80808080u), load<U16>(codes + i));
-        store(begin, 0 - sums);
-        for (long i = 0; i < LANES; ++i) {
-            const float scale = scales[4 * i] + sum(odd);
-            memcpy(begin + LANES + i, &scale, sizeof scale);
-        }
+    CodedQueries coded_queries(const Buffers& b, long row) const {
+        return {b.coded_queries.words + row / TOGETHER * CodedQueries::size(lanes)};
     }
 
     // What the scores of a chunk's keys and the weights of its values are multiplied with where those are codes.
@@ -222,49 +158,70 @@ struct Attention {
         }
     }
 
-    // Scores to weights of one chunk for one of `rows`; what came before in the block then counts for less.
-    void weigh(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b, long rows, long r) const {
+    // The keys of a chunk that row r sees: [low, high].
+    struct Seen {
+        long low, high;
+    };
+    Seen seen(const Unit& u, const Found& found, long from, long r) const {
+        const long row = u.first + r / group;
+        return {most(first_key(row) - from, found.first), least(last_key(row) - from, found.last - 1)};
+    }
+
+    // The scores of row r as they count, minus infinity where a key is not seen; returns the largest, or `top` if that is.
+    float limit(const Found& found, const Seen& seen, const Scales& scales, float top, const Buffers& b, long r) const {
         float* v = b.scores[0] + r * KEYS;
-        uint32_t* weights = b.weights + r * KEYS / PER_WORD<OWN>;
-        auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + r * KEYS / 4);
-        float* units = b.weight_units + r;
-        const long row = u.first + r / group, low = most(first_key(row) - from, found.first), high = least(last_key(row) - from, found.last - 1);
-        if (high < low) {
-            units[0] = units[rows] = 0;
-            memset(weights, 0, KEYS / PER_WORD<OWN> * 4), memset(codes, 0, KEYS);
-            return;
-        }
-        const long begin = found.begin / LANES * LANES;
-        F16 best = splat(s.top[r]), total = zero();
-        for (long i = begin; i < found.end; i += LANES) {
+        F16 best = splat(top);
+        const long begin = found.begin / CODED * CODED, end = (found.end + CODED - 1) / CODED * CODED;
+        for (long i = begin; i < end; i += LANES) {
             F16 score = get(v + i);
             if (i < found.coded) score = score_of_parts(score, scales, b, r, i);
-            if (low > i || high < i + LANES - 1) {
+            if (seen.low > i || seen.high < i + LANES - 1) {
                 static const int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
                 const I16 at = load<I16>(counted) + int32_t(i);
-                score = select((at >= splat(int32_t(low))) & (splat(int32_t(high)) >= at), score, splat(-__builtin_inff()));
+                score = select((at >= splat(int32_t(seen.low))) & (splat(int32_t(seen.high)) >= at), score, splat(-__builtin_inff()));
             }
             best = larger(score, best);
             put(v + i, score);
         }
-        const float top = maximum(best);
-        s.lower(r, top, lanes);
-        for (long i = begin, end; i < found.coded; i = end) {
-            end = least(i / CODED * CODED + CODED, found.coded);
-            units[i / CODED * rows] = weigh_codes(v, scales.value, top, i, end, total, codes);
+        return maximum(best);
+    }
+
+    // Such scores to weights, `units` apart by `rows` from one block of codes to the next. Returns the weights' sum.
+    float weigh(const Found& found, const Scales& scales, float top, const Buffers& b, long rows, long r) const {
+        const float* v = b.scores[0] + r * KEYS;
+        F16 total = zero();
+        for (long i = found.begin / CODED * CODED; i < found.coded; i += CODED) {
+            auto* codes = reinterpret_cast<int8_t*>(b.coded_weights + (r * KEYS + i) / 4);
+            b.weight_units[i / CODED * rows + r] = round_weights(v + i, scales.value + i, top, total, codes);
         }
-        for (long i = most(begin, found.coded); i < found.end; i += LANES) {
+        auto* weights = reinterpret_cast<Wide*>(b.weights + r * KEYS / PER_WORD<OWN>);
+        for (long i = most(found.begin / LANES * LANES, found.coded); i < found.end; i += LANES) {
             F16 weight = decaying(get(v + i) - top);
-            if constexpr (OWN == PAIRS_OF_BF16) {
-                const U16 narrow_weight = narrow(weight);
-                weight = widen(narrow_weight);
-                put_shorts(weights + i / 2, narrow_weight);
-            } else {
-                store(weights + i, weight);
-            }
+            put(weights + i, weight);
+            if constexpr (sizeof(Wide) == 2) weight = get(weights + i);
             total = total + weight;
         }
-        s.weight[r] += sum(total);
+        return sum(total);
+    }
+
+    // Scores of a chunk to weights; what came before in the block then counts for less. Row by row in either loop, not in one
+    // for both: so the CPU is on the next row while it waits for one's largest score.
+    void weigh_chunk(const Unit& u, const Found& found, long from, const Scales& scales, const State& s, const Buffers& b) const {
+        const long rows = u.count * group;
+        for (long r = 0; r < rows; ++r) {
+            const Seen some = seen(u, found, from, r);
+            if (some.low <= some.high) s.lower(r, limit(found, some, scales, s.top[r], b, r), lanes);
+        }
+        for (long r = 0; r < rows; ++r) {
+            const Seen some = seen(u, found, from, r);
+            if (some.low <= some.high) {
+                s.weight[r] += weigh(found, scales, s.top[r], b, rows, r);
+            } else {
+                b.weight_units[r] = b.weight_units[rows + r] = 0;
+                memset(b.weights + r * KEYS / PER_WORD<OWN>, 0, KEYS / PER_WORD<OWN> * 4);
+                memset(b.coded_weights + r * KEYS / 4, 0, KEYS);
+            }
+        }
     }
 
     // Sums of codes to scores.
@@ -274,30 +231,17 @@ struct Attention {
         return cut == op.head ? first : fma(get(b.scores[1] + r * KEYS + i), get(scales.key[1] + i), first);
     }
 
-    // Weights of a block of codes, times these's scales, as bytes without a sign. Returns what an integer is worth.
-    float weigh_codes(const float* v, const float* scales, float top, long begin, long end, F16& total, int8_t* codes) const {
-        F16 weights[CODED / LANES], heaviest = zero();
-        for (long i = begin; i < end; i += LANES) {
-            const F16 weight = decaying(get(v + i) - top);
-            total = total + weight;
-            weights[(i - begin) / LANES] = weight * get(scales + i);
-            heaviest = larger(weights[(i - begin) / LANES], heaviest);
-        }
-        const float largest = maximum(heaviest), inverse = largest > 0 ? 255.0f / largest : 0;
-        for (long i = begin; i < end; i += LANES) put_bytes(codes + i, rounded(weights[(i - begin) / LANES] * inverse));
-        return largest / 255.0f;
-    }
-
     Buffers buffers() const {
         const long rows = rows_at_once(), wide = most(EDGE * lanes, KEYS * COLUMN);
-        const size_t words = rows * (inner<OWN>() + code_words() + KEYS / PER_WORD<OWN> + KEYS / 4 + 2 * KEYS + BLOCKS) +
+        const long coded = (rows + TOGETHER - 1) / TOGETHER * CodedQueries::size(lanes);
+        const size_t words = rows * (inner<OWN>() + KEYS / PER_WORD<OWN> + KEYS / 4 + 2 * KEYS + BLOCKS) + coded +
                              State::floats(rows, lanes) + wide * sizeof(Wide) / 4 + op.width * sizeof(T) / 4 + 10 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
         const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
         b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
-        b.coded_queries = take(rows * code_words()), b.coded_weights = take(rows * KEYS / 4);
+        b.coded_queries = {take(coded)}, b.coded_weights = take(rows * KEYS / 4);
         b.scores[0] = floats(rows * KEYS), b.scores[1] = floats(rows * KEYS), b.weight_units = floats(rows * BLOCKS);
         b.block = State::in(floats(State::floats(rows, lanes)), rows, lanes);
         b.copies = reinterpret_cast<Wide*>(take(wide * sizeof(Wide) / 4));
@@ -311,13 +255,13 @@ struct Attention {
 
     // Scores of the keys [begin, end) of a chunk.
     void score_keys(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
-        const Queries queries = {b.queries, nullptr, inner<OWN>()};
+        const Queries queries = {b.queries, inner<OWN>()};
         for (long k = begin; k < end; k += EDGE) {
             const Wide* key[EDGE];
             for (long j = 0; j < EDGE; ++j) {
                 const char* row = found.row[k + j];
                 key[j] = reinterpret_cast<const Wide*>(row) + op.key_offset;
-                if (!lies_ready<OWN>(found.scale[k + j]))
+                if (!lies_ready(found.scale[k + j]))
                     key[j] = copy(row, found.scale[k + j], op.key_offset, op.key_offset + op.head, b.copies + j * lanes, lanes);
             }
             score_rows<OWN>(rows, queries, key, 0, EDGE, inner<OWN>(), b.scores[0] + k, ahead);
@@ -325,36 +269,36 @@ struct Attention {
     }
 
     // The same of keys in codes, by parts.
-    void score_codes(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
-        const uint32_t* after = b.coded_queries + inner<QUADS_OF_BYTES>();
+    void score_stored(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
         for (long i = cut == 0; i < (cut < op.head ? 2 : 1); ++i) {
-            const KeyPart& part = parts[i];
-            const Queries queries = {b.coded_queries + part.begin / 4, after + i * 2 * LANES, code_words()};
             const int8_t* key[KEYS];
-            for (long k = begin; k < end; ++k) key[k] = reinterpret_cast<const int8_t*>(found.row[k]) + op.key_offset + part.begin;
-            float* to = b.scores[i && cut > 0];
-            for (long k = begin; k < end; k += EDGE)
-                score_rows<QUADS_OF_BYTES>(rows, queries, key + k, 0, EDGE, (part.end - part.begin) / 4, to + k, ahead);
+            for (long k = begin; k < end; ++k) key[k] = reinterpret_cast<const int8_t*>(found.row[k]) + op.key_offset + parts[i].begin;
+            score_codes(b.coded_queries, rows, lanes, parts[i], i, key + begin, end - begin, b.scores[i && cut > 0] + begin, ahead);
         }
     }
 
     // Weighted values of the keys [begin, end), to or onto a chunk's result.
-    template <Words W>
     void mix_values(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
-        const Weights weights = {W == QUADS_OF_BYTES ? b.coded_weights : b.weights, b.weight_units + begin / CODED * rows};
-        const Number<W>* value[KEYS];
+        const Wide* value[KEYS];
         bool ready = true;
         for (long j = begin; j < end; ++j) {
-            value[j] = reinterpret_cast<const Number<W>*>(found.row[j]) + op.value_offset;
-            ready = ready && lies_ready<W>(found.scale[j]);
+            value[j] = reinterpret_cast<const Wide*>(found.row[j]) + op.value_offset;
+            ready = ready && lies_ready(found.scale[j]);
         }
         for (long i = 0; i < lanes; i += COLUMN) {
             const long from = op.value_offset + i, until = op.value_offset + least(op.head, i + COLUMN);
-            if constexpr (W == OWN)
-                for (long j = begin; !ready && j < end; ++j)
-                    value[j] = copy(found.row[j], found.scale[j], from, until, b.copies + j * COLUMN, COLUMN);
-            mix_rows<W>(rows, weights, value, ready ? i : 0, begin / PER_WORD<W>, end / PER_WORD<W>, s.acc + i, lanes, onto, ahead);
+            for (long j = begin; !ready && j < end; ++j)
+                value[j] = copy(found.row[j], found.scale[j], from, until, b.copies + j * COLUMN, COLUMN);
+            mix_rows<OWN>(rows, b.weights, value, ready ? i : 0, begin / PER_WORD<OWN>, end / PER_WORD<OWN>, s.acc + i, lanes, onto, ahead);
         }
+    }
+
+    // The same of a block of values in codes.
+    void mix_stored(long rows, const Found& found, long begin, long end, bool onto, const State& s, const Buffers& b, Ahead& ahead) const {
+        const CodedWeights weights = {b.coded_weights + begin / 4, b.weight_units + begin / CODED * rows};
+        const int8_t* value[CODED];
+        for (long j = begin; j < end; ++j) value[j - begin] = reinterpret_cast<const int8_t*>(found.row[j]) + op.value_offset;
+        mix_codes(rows, weights, value, end - begin, s.acc, lanes, onto, ahead);
     }
 
     // A chunk of keys to or onto `s`, while the rows of the next one are asked for.
@@ -364,16 +308,16 @@ struct Attention {
         Scales scales = {};
         Ahead ahead;
         look_ahead(next, steps, ahead);
-        if constexpr (BYTES) score_codes(rows, found, begin, coded, b, ahead);
+        if constexpr (BYTES) score_stored(rows, found, begin, coded, b, ahead);
         score_keys(rows, found, coded, end, b, ahead);
         gather_scales(found, scales);
         if (!onto) s.forget(rows);
-        for (long r = 0; r < rows; ++r) weigh(u, found, chunk * KEYS, scales, s, b, rows, r);
+        weigh_chunk(u, found, chunk * KEYS, scales, s, b);
         for (long k = begin, until; BYTES && k < coded; k = until, onto = true) {
             until = least(k / CODED * CODED + CODED, coded);
-            mix_values<QUADS_OF_BYTES>(rows, found, k, until, onto, s, b, ahead);
+            mix_stored(rows, found, k, until, onto, s, b, ahead);
         }
-        if (coded < end) mix_values<OWN>(rows, found, coded, end, onto, s, b, ahead);
+        if (coded < end) mix_values(rows, found, coded, end, onto, s, b, ahead);
     }
 
     // Blocks of keys by their number. Those of a window are a chunk each: there are few.
@@ -459,7 +403,7 @@ struct Attention {
             const State all = State::in(static_cast<float*>(scratch(RESULT, 4 * State::floats(rows, lanes))), rows, lanes);
             const long first = first_block(u);
             const auto merge = [&](long block) {
-                for (long r = 0; r < rows && block > first; ++r) all.merge(b.block, r, lanes);
+                for (long r = 0; r < rows && block > first; ++r) all.merge(b.block, 1, 0, r, lanes);
             };
             walk(u, first, last_block(u) + 1, nullptr, false, b, [&](long block) { return block > first ? b.block : all; }, merge);
             for (long r = 0; r < rows; ++r) finish(u, r, all);
@@ -487,8 +431,7 @@ struct Attention {
             const long i = item / rows, r = item % rows, count = u.count * group;
             if (r >= count) return;
             const State all = State::in(partial + first[i] * size, count, lanes);
-            for (long later = first[i] + 1; later < first[i + 1]; ++later)
-                all.merge(State::in(partial + later * size, count, lanes), r, lanes);
+            all.merge(State::in(partial + (first[i] + 1) * size, count, lanes), first[i + 1] - first[i] - 1, size, r, lanes);
             finish(u, r, all);
         });
     }

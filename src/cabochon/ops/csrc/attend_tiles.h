@@ -4,30 +4,21 @@
 // adds them. So keys are read where they lie, and a score is the same number however many keys and queries are at hand.
 // Values are summed over keys; what neighbouring keys have of a column is laid side by side in registers.
 //
-// Codes of 8 bits are multiplied in integers, exact in any order, by queries and weights of 8 bits. A query has a scale for each
-// lane, that is for every four numbers in 64: these cost one product per score.
 #pragma once
 
 #include "words.h"
 
 namespace {
 
-enum Words { FLOATS, PAIRS_OF_BF16, QUADS_OF_BYTES };
+enum Words { FLOATS, PAIRS_OF_BF16 };
 
 template <Words W>
 struct In {
     typedef float Number;
-    typedef F16 Sums;
 };
 template <>
 struct In<PAIRS_OF_BF16> {
     typedef Bf16 Number;
-    typedef F16 Sums;
-};
-template <>
-struct In<QUADS_OF_BYTES> {
-    typedef int8_t Number;
-    typedef I16 Sums;
 };
 template <Words W>
 using Number = typename In<W>::Number;
@@ -40,13 +31,10 @@ constexpr long PER_WORD = 4 / sizeof(Number<W>);
 constexpr long KEYS = 128;          // of a chunk
 constexpr long COLUMN = 2 * LANES;  // numbers of a value that are summed together
 #if CABOCHON_AVX512
-constexpr bool BYTES = true;  // are there products of bytes?
 constexpr int ABREAST = 4, SCORED = 4, MIXED = 8;  // keys and queries of a tile of scores; rows of a tile of values
 #elif CABOCHON_AVX2
-constexpr bool BYTES = false;
 constexpr int ABREAST = 4, SCORED = 1, MIXED = 2;
 #else
-constexpr bool BYTES = false;
 constexpr int ABREAST = 2, SCORED = 1, MIXED = 1;
 #endif
 
@@ -81,15 +69,6 @@ INLINE F16 multiply_words(F16 sums, U16 a, U16 b, bool pairs) {
     return fma(as<F16>(a), as<F16>(b), sums);
 }
 
-// Bytes without a sign times bytes with one.
-INLINE I16 multiply_bytes(I16 sums, U16 natural, U16 integer) {
-#if CABOCHON_AVX512
-    sums.part[0] = (I16::Part)_mm512_dpbusd_epi32((__m512i)sums.part[0], (__m512i)natural.part[0], (__m512i)integer.part[0]);
-#endif
-    (void)natural, (void)integer;
-    return sums;
-}
-
 // e^x for x <= 0, to 3e-7 of its value: 2^n 2^r for the whole number n below, and 2^r by a polynomial that is 1 at 0.
 INLINE F16 decaying(F16 x) {
 #if CABOCHON_AVX512
@@ -108,25 +87,20 @@ INLINE F16 decaying(F16 x) {
 #endif
 }
 
-// The largest of every four neighbours, in all of their lanes.
-INLINE F16 largest_of_fours(F16 v) {
 #if CABOCHON_AVX512
-    v.part[0] = (F16::Part)_mm512_max_ps((__m512)v.part[0], _mm512_permute_ps((__m512)v.part[0], 0xb1));
-    v.part[0] = (F16::Part)_mm512_max_ps((__m512)v.part[0], _mm512_permute_ps((__m512)v.part[0], 0x4e));
-#endif
-    return v;
-}
-
-#if CABOCHON_AVX512
-// Two quarters of `a` and two of `b`; in each quarter, two lanes of `a` and two of `b`.
+// Two quarters of `a` and two of `b`.
 template <int WAY, class E>
 INLINE Lanes<E> quarters(Lanes<E> a, Lanes<E> b) {
     a.part[0] = (typename Lanes<E>::Part)_mm512_shuffle_i32x4((__m512i)a.part[0], (__m512i)b.part[0], WAY);
     return a;
 }
-template <int WAY, class E>
-INLINE Lanes<E> in_quarters(Lanes<E> a, Lanes<E> b) {
-    a.part[0] = (typename Lanes<E>::Part)_mm512_shuffle_ps((__m512)a.part[0], (__m512)b.part[0], WAY);
+// Of each quarter, the lower lanes of `a` and of `b` in turns; the upper ones. (Cheaper than what crosses quarters.)
+INLINE F16 unpack_low(F16 a, F16 b) {
+    a.part[0] = (F16::Part)_mm512_unpacklo_ps((__m512)a.part[0], (__m512)b.part[0]);
+    return a;
+}
+INLINE F16 unpack_high(F16 a, F16 b) {
+    a.part[0] = (F16::Part)_mm512_unpackhi_ps((__m512)a.part[0], (__m512)b.part[0]);
     return a;
 }
 // The lanes of `b` where MASK has a bit, else those of `a`.
@@ -135,12 +109,27 @@ INLINE Lanes<E> blend(Lanes<E> a, Lanes<E> b) {
     a.part[0] = (typename Lanes<E>::Part)_mm512_mask_blend_epi32(MASK, (__m512i)a.part[0], (__m512i)b.part[0]);
     return a;
 }
-// The halves of `a` added up, then those of `b`; of each quarter, the same. (A blend is cheaper than a second shuffle.)
+// The halves of `a` added up, then those of `b`. (A blend is cheaper than a second shuffle.)
 INLINE F16 add_halves(F16 a, F16 b) {
     return blend<0xff00>(a, b) + quarters<0x4e>(a, b);
 }
-INLINE F16 add_halves_of_quarters(F16 a, F16 b) {
-    return blend<0xcccc>(a, b) + in_quarters<0x4e>(a, b);
+// Of each quarter, lanes 0 and 2 of `a`, then of `b`, and lanes 1 and 3 of `a`, then of `b`, added up.
+INLINE F16 add_pairs(F16 a, F16 b) {
+    F16 low, high;
+    low.part[0] = (F16::Part)_mm512_unpacklo_pd((__m512d)a.part[0], (__m512d)b.part[0]);
+    high.part[0] = (F16::Part)_mm512_unpackhi_pd((__m512d)a.part[0], (__m512d)b.part[0]);
+    return low + high;
+}
+
+// Four keys' scores by R queries, each the sum of a lane over all quarters, to to[query * KEYS + key].
+template <int R>
+INLINE void put_scores(const F16 (&row)[R], float* to) {
+    const F16 low = add_halves(row[0], row[1 % R]), high = add_halves(row[R > 2 ? 2 : 0], row[R > 3 ? 3 : 1 % R]);
+    const auto all = (__m512)(quarters<0x88>(low, high) + quarters<0xdd>(low, high)).part[0];
+    _mm_storeu_ps(to, _mm512_castps512_ps128(all));
+    if constexpr (R > 1) _mm_storeu_ps(to + KEYS, _mm512_extractf32x4_ps(all, 1));
+    if constexpr (R > 2) _mm_storeu_ps(to + 2 * KEYS, _mm512_extractf32x4_ps(all, 2));
+    if constexpr (R > 3) _mm_storeu_ps(to + 3 * KEYS, _mm512_extractf32x4_ps(all, 3));
 }
 #endif
 
@@ -148,19 +137,12 @@ INLINE F16 add_halves_of_quarters(F16 a, F16 b) {
 template <int R>
 INLINE void put_sums(const F16 (&v)[ABREAST][R], float* to) {
 #if CABOCHON_AVX512
-    F16 by_key[ABREAST];  // a quarter of each v[i][0] .. v[i][3]; where there are fewer, of the first once more
+    F16 row[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < ABREAST; ++i) {
-        const F16 a = v[i][0], b = v[i][1 % R], c = v[i][R > 2 ? 2 : 0], d = v[i][R > 3 ? 3 : 1 % R];
-        const F16 ab = add_halves(a, b), cd = add_halves(c, d);
-        by_key[i] = quarters<0x88>(ab, cd) + quarters<0xdd>(ab, cd);
-    }
-    const F16 low = add_halves_of_quarters(by_key[0], by_key[1]), high = add_halves_of_quarters(by_key[2], by_key[3]);
-    const auto all = (__m512)(in_quarters<0x88>(low, high) + in_quarters<0xdd>(low, high)).part[0];
-    _mm_storeu_ps(to, _mm512_castps512_ps128(all));
-    if constexpr (R > 1) _mm_storeu_ps(to + KEYS, _mm512_extractf32x4_ps(all, 1));
-    if constexpr (R > 2) _mm_storeu_ps(to + 2 * KEYS, _mm512_extractf32x4_ps(all, 2));
-    if constexpr (R > 3) _mm_storeu_ps(to + 3 * KEYS, _mm512_extractf32x4_ps(all, 3));
+    for (int j = 0; j < R; ++j)
+        row[j] = add_pairs(unpack_low(v[0][j], v[1][j]) + unpack_high(v[0][j], v[1][j]),
+                           unpack_low(v[2][j], v[3][j]) + unpack_high(v[2][j], v[3][j]));
+    put_scores(row, to);
 #else
 #pragma GCC unroll 8
     for (int i = 0; i < ABREAST; ++i)
@@ -169,56 +151,35 @@ INLINE void put_sums(const F16 (&v)[ABREAST][R], float* to) {
 #endif
 }
 
-// Queries as words along the head's width. What codes are multiplied by has sixteen sums to begin with, which make up for
-// codes being taken 128 larger than they are, and after them sixteen scales.
+// Queries as words along the head's width.
 struct Queries {
-    const uint32_t *words, *begin;
+    const uint32_t* words;
     long stride;
 
-    Queries from(long row) const { return {words + row * stride, begin + row * stride, stride}; }
+    Queries from(long row) const { return {words + row * stride, stride}; }
 };
 
 // Scores of R queries over ABREAST keys, to out[query * KEYS + key].
 template <Words W, int R>
 void score(const Queries& q, const Number<W>* const* key, long inner, float* out, Ahead& ahead) {
-    typename In<W>::Sums sums[ABREAST][R];
+    F16 sums[ABREAST][R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int i = 0; i < ABREAST; ++i) {
-            sums[i][r] = {};
-            if constexpr (W == QUADS_OF_BYTES) sums[i][r] = load<I16>(q.begin + r * q.stride);
-        }
+        for (int i = 0; i < ABREAST; ++i) sums[i][r] = zero();
     for (long at = 0; at < inner; at += LANES) {
         ahead();
         U16 k[ABREAST];
 #pragma GCC unroll 8
-        for (int i = 0; i < ABREAST; ++i) {
-            k[i] = load<U16>(key[i] + at * PER_WORD<W>);
-            if constexpr (W == QUADS_OF_BYTES) k[i] = k[i] ^ 0x80808080u;
-        }
+        for (int i = 0; i < ABREAST; ++i) k[i] = load<U16>(key[i] + at * PER_WORD<W>);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const U16 left = load<U16>(q.words + r * q.stride + at);
 #pragma GCC unroll 8
-            for (int i = 0; i < ABREAST; ++i) {
-                if constexpr (W == QUADS_OF_BYTES)
-                    sums[i][r] = multiply_bytes(sums[i][r], k[i], left);
-                else
-                    sums[i][r] = multiply_words(sums[i][r], left, k[i], W == PAIRS_OF_BF16);
-            }
+            for (int i = 0; i < ABREAST; ++i) sums[i][r] = multiply_words(sums[i][r], left, k[i], W == PAIRS_OF_BF16);
         }
     }
-    if constexpr (W == QUADS_OF_BYTES) {
-        F16 scaled[ABREAST][R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int i = 0; i < ABREAST; ++i) scaled[i][r] = to_float(sums[i][r]) * load<F16>(q.begin + r * q.stride + LANES);
-        put_sums(scaled, out);
-    } else {
-        put_sums(sums, out);
-    }
+    put_sums(sums, out);
 }
 
 // The scores of all rows over the keys [first, last), both multiples of ABREAST.
@@ -238,12 +199,6 @@ void score_rows(long rows, const Queries& q, const Number<W>* const* key, long f
     }
 }
 
-// Weights of a chunk's values; an integer among those of a row is worth `unit`.
-struct Weights {
-    const uint32_t* words;  // [rows, KEYS / PER_WORD]
-    const float* unit;
-};
-
 // One column of PER_WORD values, side by side in words; `in_order` puts sums of such words where they belong.
 template <Words W>
 INLINE void side_by_side(const Number<W>* const* value, long column, U16 (&right)[2]) {
@@ -255,55 +210,40 @@ INLINE void side_by_side(const Number<W>* const* value, long column, U16 (&right
         const auto a = load<__m512i>(value[0] + column), b = load<__m512i>(value[1] + column);
         right[0].part[0] = (U16::Part)_mm512_unpacklo_epi16(a, b), right[1].part[0] = (U16::Part)_mm512_unpackhi_epi16(a, b);
     }
-    if constexpr (W == QUADS_OF_BYTES) {
-        const auto a = load<__m256i>(value[0] + column), b = load<__m256i>(value[1] + column);
-        const auto c = load<__m256i>(value[2] + column), d = load<__m256i>(value[3] + column);
-        const __m256i ab[] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
-        const __m256i cd[] = {_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)};
-        for (int i = 0; i < 2; ++i)
-            right[i].part[0] = (U16::Part)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi16(ab[i], cd[i])),
-                                                             _mm256_unpackhi_epi16(ab[i], cd[i]), 1);
-    }
 #endif
 }
 
-template <Words W, class S>
-INLINE void in_order([[maybe_unused]] S (&sums)[2]) {
+template <Words W>
+INLINE void in_order([[maybe_unused]] F16 (&sums)[2]) {
 #if CABOCHON_AVX512
-    const S a = sums[0], b = sums[1];
     if constexpr (W == PAIRS_OF_BF16) {
         static const int64_t order[2][8] = {{0, 1, 8, 9, 2, 3, 10, 11}, {4, 5, 12, 13, 6, 7, 14, 15}};
+        const F16 a = sums[0], b = sums[1];
         for (int i = 0; i < 2; ++i)
-            sums[i].part[0] = (typename S::Part)_mm512_permutex2var_epi64((__m512i)a.part[0], load<__m512i>(order[i]), (__m512i)b.part[0]);
+            sums[i].part[0] = (F16::Part)_mm512_permutex2var_epi64((__m512i)a.part[0], load<__m512i>(order[i]), (__m512i)b.part[0]);
     }
-    if constexpr (W == QUADS_OF_BYTES) sums[0] = quarters<0x88>(a, b), sums[1] = quarters<0xdd>(a, b);
 #endif
 }
 
-// R rows of weights over one column of the values [first, last) (in words), to or onto out[row * stride ..].
+// R rows of weights [R, KEYS / PER_WORD] over one column of the values [first, last) (in words), to or onto out[row * stride ..].
 template <Words W, int R>
-void mix(const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out, long stride, bool onto,
-         Ahead& ahead) {
+void mix(const uint32_t* weights, const Number<W>* const* value, long column, long first, long last, float* out, long stride,
+         bool onto, Ahead& ahead) {
     constexpr long words = KEYS / PER_WORD<W>;
-    typename In<W>::Sums sums[R][2];
+    F16 sums[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = 0; c < 2; ++c) sums[r][c] = {};
+        for (int c = 0; c < 2; ++c) sums[r][c] = zero();
     for (long k = first; k < last; ++k) {
         U16 right[2];
         side_by_side<W>(value + k * PER_WORD<W>, column, right);
         ahead();
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const uint32_t left = w.words[r * words + k];
+            const uint32_t left = weights[r * words + k];
 #pragma GCC unroll 8
-            for (int c = 0; c < 2; ++c) {
-                if constexpr (W == QUADS_OF_BYTES)
-                    sums[r][c] = multiply_bytes(sums[r][c], U16::of(left), right[c]);
-                else
-                    sums[r][c] = multiply_words(sums[r][c], U16::of(left), right[c], W == PAIRS_OF_BF16);
-            }
+            for (int c = 0; c < 2; ++c) sums[r][c] = multiply_words(sums[r][c], U16::of(left), right[c], W == PAIRS_OF_BF16);
         }
     }
 #pragma GCC unroll 8
@@ -312,19 +252,16 @@ void mix(const Weights& w, const Number<W>* const* value, long column, long firs
 #pragma GCC unroll 8
         for (int c = 0; c < 2; ++c) {
             float* to = out + r * stride + c * LANES;
-            if constexpr (W == QUADS_OF_BYTES)
-                put(to, fma(to_float(sums[r][c]), splat(w.unit[r]), onto ? get(to) : zero()));
-            else
-                put(to, onto ? get(to) + sums[r][c] : sums[r][c]);
+            put(to, onto ? get(to) + sums[r][c] : sums[r][c]);
         }
     }
 }
 
 // All rows over one column.
 template <Words W, int R = MIXED>
-void mix_rows(long rows, const Weights& w, const Number<W>* const* value, long column, long first, long last, float* out,
+void mix_rows(long rows, const uint32_t* weights, const Number<W>* const* value, long column, long first, long last, float* out,
               long stride, bool onto, Ahead& ahead) {
-    const auto from = [&](long row) { return Weights{w.words + row * KEYS / PER_WORD<W>, w.unit + row}; };
+    const auto from = [&](long row) { return weights + row * KEYS / PER_WORD<W>; };
     long r = 0;
     for (; r + R <= rows; r += R) mix<W, R>(from(r), value, column, first, last, out + r * stride, stride, onto, ahead);
     if constexpr (R > 1) {
