@@ -15,7 +15,7 @@ from cabochon.llm.loading import load
 from cabochon.model.batch import whole_sequences
 from cabochon.model.gemma4 import Gemma4
 from cabochon.quant import QuantTensor, dequantize, fitted_scales, quantize
-from cabochon.rounding import DAMPING, Moments, quantize_for
+from cabochon.rounding import AGAIN, DAMPING, Moments, quantize_for
 from cabochon.weights import convert
 from cabochon.weights.checkpoint import open_checkpoint
 from cabochon.weights.load import fill
@@ -37,25 +37,37 @@ def moments(x: torch.Tensor, exact: torch.Tensor) -> Moments:
 
 
 def textbook(weight: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, format: str) -> torch.Tensor:
-    """One column after the other over the whole rest, the inverse reduced by elimination; least squares first."""
+    """One column after the other over the whole rest, the inverse reduced by elimination; least squares first. Then
+    each number goes where the loss is least, as all others are."""
     x, exact, rows = x.double(), exact.double(), weight.double().clone()
+    low, high = (-8, 7) if format == "int4" else (-127, 127)
     own = x.T @ x
     own += torch.eye(len(own), dtype=torch.float64) * DAMPING * own.diagonal().mean()
     inverse = own.inverse()
     rows += rows @ ((exact - x).T @ x) @ inverse
-    scale = rows.abs().amax(-1).float().double() / 127
-    out = torch.zeros_like(rows)
-    for j in range(rows.shape[1]):
-        if format == "int4" and j % 32 == 0:
-            group = torch.zeros(rows.shape[0], 32)
-            group[:, : min(32, rows.shape[1] - j)] = rows[:, j : j + 32]
-            scale = fitted_scales(group).double()
-        low, high = (-8, 7) if format == "int4" else (-127, 127)
-        out[:, j] = (rows[:, j] / scale).round().clamp(low, high) * scale
-        lost = (rows[:, j] - out[:, j]) / inverse[j, j]
-        rows[:, j:] -= lost[:, None] * inverse[j, j:]
-        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    return out
+    target = rows.clone()
+    squares = x.square().sum(0)
+    groups = [torch.arange(first, min(first + 32, len(own))) for first in range(0, len(own), 32)]
+    groups.sort(key=lambda group: (len(group) < 32, -squares[group].sum()))
+    scales = torch.zeros(rows.shape[0], len(own), dtype=torch.float64)
+    scales[:] = rows.abs().amax(-1, keepdim=True).float().double() / 127
+    levels = torch.zeros_like(rows)
+    for group in groups:
+        if format == "int4":
+            filled = torch.zeros(rows.shape[0], 32)
+            filled[:, : len(group)] = rows[:, group]
+            scales[:, group] = fitted_scales(filled).double()[:, None]
+        for j in group[squares[group].argsort(descending=True)]:
+            levels[:, j] = (rows[:, j] / scales[:, j]).round().clamp(low, high)
+            lost = (rows[:, j] - levels[:, j] * scales[:, j]) / inverse[j, j]
+            rows -= lost[:, None] * inverse[j]
+            inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    for _ in range(AGAIN):
+        for group in groups:
+            for j in group[squares[group].argsort(descending=True)]:
+                slope = (target - levels * scales) @ own[:, j]
+                levels[:, j] = (levels[:, j] + slope / own[j, j] / scales[:, j]).round().clamp(low, high)
+    return levels * scales
 
 
 @pytest.mark.parametrize("width", [32, 70, 160])
