@@ -53,11 +53,17 @@ class Moments:
         self.missing += (exact.float() - x).T @ x
         self.tokens += x.shape[0]
 
+    def sort(self, order: Tensor) -> None:
+        """Inputs in another order, without a second table of both."""
+        self.own = self.own[order[:, None], order]
+        self.missing = self.missing[order[:, None], order]
+
 
 def quantize_for(moments: Moments, weights: Sequence[Tensor], format: str) -> list[QuantTensor]:
     """`weights` [O, I], which share their inputs, in `format` (int8, int4), so that their products suffer least.
 
-    From fewer tokens than inputs nothing can be learned about all of them: then as `quant.quantize` does it.
+    From fewer tokens than inputs nothing can be learned about all of them: then as `quant.quantize` does it. The
+    `moments` are used up.
 
     Raises:
         CheckpointError: the inputs hold infinities or not-a-numbers.
@@ -66,19 +72,20 @@ def quantize_for(moments: Moments, weights: Sequence[Tensor], format: str) -> li
     if moments.tokens < inputs:
         return [quantize(weight, format) for weight in weights]
     order = _order(moments.own.diagonal())
-    own, missing = _damped(moments.own)[order][:, order], moments.missing[order][:, order]
-    spread = _spread(own)
+    moments.sort(order)
+    _damp(moments.own)
+    spread = _spread(moments.own)
     rounded = []
     for weight in weights:
         parts = []
         for block in weight.split(max(1, NUMBERS_AT_ONCE // inputs)):
             rows = block.double()[:, order]
             # Least squares for the exact products. From the left, for the matrices with most inputs have fewer rows.
-            rows += rows @ missing @ spread.T @ spread
+            rows += rows @ moments.missing @ spread.T @ spread
             columns = rows.T.contiguous()  # a column's numbers lie together
             levels, scales = _round_columns(columns, spread, format)
             for _ in range(AGAIN):
-                _round_again(columns, own, levels, scales, format)
+                _round_again(columns, moments.own, levels, scales, format)
             parts.append((levels.T.to(torch.int8), scales.T))
         levels, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         back = order.argsort()
@@ -99,11 +106,12 @@ def _order(squares: Tensor) -> Tensor:
     return torch.cat([inside[groups.sum(-1).argsort(descending=True)].flatten(), rest])
 
 
-def _damped(own: Tensor) -> Tensor:
-    mean = own.diagonal().mean()
+def _damp(own: Tensor) -> None:
+    squares = own.diagonal()
+    mean = squares.mean()
     if not mean.isfinite():
         raise CheckpointError("From the texts for calibration the network computes infinities, or what is no number.")
-    return own + torch.eye(own.shape[0], dtype=own.dtype) * (DAMPING * mean if mean else 1.0)
+    squares += DAMPING * mean if mean else 1.0
 
 
 def _spread(own: Tensor) -> Tensor:
