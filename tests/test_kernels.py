@@ -1,5 +1,6 @@
 """The CPU kernels against their slow twins, for every instruction set that this CPU has, odd sizes included."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -233,6 +234,19 @@ def test_cos_and_sin(random):
     angle = (position.float()[:, None] * frequency).double()
     for got, exact in zip(ops.cos_sin(position, frequency), (angle.cos(), angle.sin()), strict=True):
         assert (got.double() - exact).abs().max() < 2**-23  # two steps of float32 between a half and one
+
+
+def test_torch_has_no_team_where_ours_works():
+    torch.set_num_threads(2)
+    with ThreadPoolExecutor(1) as other, pytest.raises(ZeroDivisionError), cpu.alone(torch.ones(1)):
+        assert torch.get_num_threads() == 1 and cpu.on() and cpu._cpu.threads() == 2
+        assert other.submit(torch.get_num_threads).result() == 2
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 2
+    with cpu.alone(torch.ones(1, dtype=torch.float64)):
+        assert torch.get_num_threads() == 2
+    with torch.inference_mode(False), torch.enable_grad(), cpu.alone(torch.ones(1)):
+        assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import AudioConfig, ModelConfig, UnifiedVisionConfig, VisionConfig
 from ..media.image import Patches
+from ..ops import cpu
 from .audio import AudioTower
 from .batch import Batch
 from .layers import Projector
@@ -52,8 +53,9 @@ class Gemma4(nn.Module):
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The logits of the rows that `batch` wants, and their normed hidden states [L, D], which a drafter reads."""
-        hidden = self.language_model.hidden(batch)
-        return self.language_model.logits(hidden), hidden
+        with cpu.alone(self.language_model.norm.weight):
+            hidden = self.language_model.hidden(batch)
+            return self.language_model.logits(hidden), hidden
 
     def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
         """The soft tokens [n, D] of every item, in order. On a GPU, pictures of one size go through together."""

@@ -61,7 +61,7 @@ def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype)
     from exact angles, so computing them "better" would be worse.
     """
     cos, sin = ops.cos_sin(position, _frequencies(rope, head_dim, position.device))
-    return ops.retyped(cos, dtype), ops.retyped(sin, dtype)
+    return cos.to(dtype), sin.to(dtype)
 
 
 @cache

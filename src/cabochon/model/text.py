@@ -58,7 +58,7 @@ class Text(nn.Module):
         ids = batch.token_ids if batch.soft is None else batch.token_ids.index_fill(0, batch.soft.index, 0)
         token = self.embed_tokens_per_layer(ids, math.sqrt(self.ple_width))
         shape, norm = (len(self.layers), self.ple_width), self.per_layer_projection_norm
-        context = self.per_layer_model_projection(ops.retyped(x, token.dtype)).unflatten(-1, shape)
+        context = self.per_layer_model_projection(x.to(token.dtype)).unflatten(-1, shape)
         return ops.per_layer_inputs(
             context, token.unflatten(-1, shape), norm.weight, norm.eps, self.config.hidden_size**-0.5
         )

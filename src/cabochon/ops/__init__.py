@@ -46,7 +46,6 @@ __all__ = [
     "log_sum",
     "per_layer_inputs",
     "reference",
-    "retyped",
     "rms_norm",
     "rope",
     "route",
@@ -85,7 +84,6 @@ rms_norm = _by(0, reference.rms_norm)
 settle = _by(0, reference.settle)
 per_layer_inputs = _by(0, reference.per_layer_inputs)
 cos_sin = _by(1, reference.cos_sin)
-retyped = _by(0, reference.retyped)
 rope = _by(0, reference.rope)
 gated_mlp = _by(0, reference.gated_mlp)
 route = _by(0, reference.route)

@@ -8,6 +8,9 @@ of 32 (`quant.round_activations`), so the reference differs by that rounding.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,8 +31,6 @@ FORMATS = {"int8": 1, "int4": 2}
 """Quantised formats that there are kernels for, as they call them."""
 _on = _cpu is not None
 HUGE_PAGE = 2 << 20
-SHARED = 32768
-"""Numbers from which on torch shares out what it does with each of them."""
 
 
 def supported() -> list[str]:
@@ -64,9 +65,33 @@ if "CABOCHON_ISA" in os.environ:
     use(os.environ["CABOCHON_ISA"])
 
 
+class _Caller(threading.local):
+    alone = False
+
+
+_caller = _Caller()
+
+
+@contextmanager
+def alone(like: Tensor) -> Iterator[None]:
+    """What torch does meanwhile it does in one thread, where there are kernels for numbers like those of `like`.
+
+    It wakes a team for 32,768 numbers and more, which then stays awake for some milliseconds and holds up ours.
+    """
+    if _caller.alone or not ready(like):
+        yield
+        return
+    _caller.alone, before = True, _cpu.set_team(1)
+    try:
+        yield
+    finally:
+        _caller.alone = False
+        _cpu.set_team(before)
+
+
 def on() -> bool:
     """Are the kernels in use? Tells them the number of threads on the way."""
-    if _on and _cpu.threads() != torch.get_num_threads():
+    if _on and not _caller.alone and _cpu.threads() != torch.get_num_threads():
         _cpu.set_threads(torch.get_num_threads())
     return _on
 
@@ -181,16 +206,6 @@ def _steps(stacked: Weight) -> tuple[int, int]:
     if isinstance(stacked, QuantTensor):
         return (stacked.codes.nbytes // stacked.shape[0], stacked.scales.nbytes // stacked.shape[0])
     return stacked.nbytes // stacked.shape[0], 0
-
-
-def retyped(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Piece by piece, none of which is worth torch's team (see `cos_sin`)."""
-    if x.dtype == dtype:
-        return x
-    y = torch.empty(x.shape, dtype=dtype)
-    for to, piece in zip(y.view(-1).split(SHARED - 1), x.reshape(-1).split(SHARED - 1), strict=True):
-        to.copy_(piece)
-    return y
 
 
 def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:

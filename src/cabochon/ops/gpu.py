@@ -94,7 +94,6 @@ largest = reference.largest
 draw = reference_drawing.draw
 log_sum = reference_drawing.log_sum
 cos_sin = reference.cos_sin
-retyped = reference.retyped
 
 
 def route(

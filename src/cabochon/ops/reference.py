@@ -77,11 +77,6 @@ def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def retyped(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `dtype` has it."""
-    return x.to(dtype)
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the rotated dimensions of `x` [T, N, H] by `cos`, `sin` [T, rotated / 2].
 

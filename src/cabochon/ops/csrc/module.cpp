@@ -485,6 +485,7 @@ NB_MODULE(_cpu, m) {
           "Whether two instruction sets give the same bits for integer products.");
     m.def("threads", threads, "How many threads share the work.");
     m.def("set_threads", set_threads);
+    m.def("set_team", set_team);
     m.def("linear", linear);
     m.def("head_at", head_at);
     m.def("gated", gated);

@@ -9,6 +9,10 @@
 #include <mutex>
 #include <thread>
 
+// Torch's OpenMP, which it makes known to everybody; absent where torch does without.
+extern "C" int omp_get_max_threads() __attribute__((weak));
+extern "C" void omp_set_num_threads(int) __attribute__((weak));
+
 namespace cabochon {
 namespace {
 
@@ -98,6 +102,13 @@ int threads() { return pool->wanted; }
 void set_threads(int count) {
     std::lock_guard<std::mutex> lock(pool->one_caller);
     pool->wanted = count < 1 ? 1 : count;
+}
+
+int set_team(int count) {
+    if (!omp_get_max_threads || !omp_set_num_threads) return count;
+    const int before = omp_get_max_threads();
+    omp_set_num_threads(count);
+    return before;
 }
 
 void run_items(long items, void (*work)(void*, long, long), void* context) {

@@ -9,6 +9,10 @@ namespace cabochon {
 int threads();
 void set_threads(int count);
 
+// How many threads torch's ops have that are called from this one, from now on; what it was. Only OpenMP is told: torch's
+// own setting would reach threads that begin meanwhile.
+int set_team(int count);
+
 // Memory of the calling thread that lives until its next call; grows, is never given back.
 // `slot` keeps buffers that are in use together apart.
 void* scratch(int slot, size_t bytes);
