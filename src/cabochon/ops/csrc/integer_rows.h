@@ -1,9 +1,9 @@
 // Some rows and more times int8 and int4 weights on AVX2: the bits of `integer.h`. A panel's codes are unpacked once for
 // all rows, into the first-level cache, so that a tile of rows does little but multiply and add.
 //
-// Operations per row, panel and group: int4 takes 16 products of bytes, 14 additions (all of a group fit in 16 bits) and 11
-// to widen and scale the sums. Zen 4 begins four a cycle, products in two places only, where additions get in their way: 10
-// cycles at best, 13 by hand, 14 here. A pair of int8 products fills 16 bits, so codes and rows are widened: 32
+// Operations per row, panel and group: int4 takes 16 products of bytes, 14 additions (all of a group fit in 16 bits) and 10
+// to widen and scale the sums, six of them products. Zen 4 begins four a cycle, products in two places only, where additions
+// get in their way: 11 cycles at best, 13 by hand, 14 here. A pair of int8 products fills 16 bits, so codes and rows are widened: 32
 // products, 30 additions and 4, which takes 23.
 #pragma once
 
