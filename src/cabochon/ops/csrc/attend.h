@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr long TILE = 48;
-constexpr long BLOCKS = KEYS / CODED;
+constexpr long TILE = 48;                  // query rows of a unit
+constexpr long BLOCKS = KEYS / CODED;      // of codes in a chunk
 constexpr long SINGLE = 16, CHUNKS = 4;    // so many blocks are a chunk each, later ones so many chunks: by then there are enough
 constexpr size_t SHARED_BYTES = 32 << 20;  // of blocks' results while threads share them out
 constexpr long FULL = 64, EDGE = 2 * ABREAST;  // numbers that fill any kind of register; keys that are scored, or left out, together
@@ -33,34 +33,31 @@ struct Attention {
     static constexpr Words OWN = WORDS<T>;
     typedef Number<OWN> Wide;
     const Attend& op;
-    long group;  // query heads per KV head
-    long lanes;  // head width, filled up to whole columns and registers
+    long group;        // query heads per KV head
+    long lanes;        // head width, filled up to whole columns and registers
     long cut;          // where the second scale of a key in pages of 8 bits begins
     KeyPart parts[2];  // of such a key
-    bool whole;     // are these multiplied as they lie?
+    bool whole;        // are such keys and values multiplied as they lie?
     struct Unit {
         int32_t request, kv_head, first, count, low, high;  // query rows (tokens), keys [low, high)
     };
 
     struct Buffers {
         uint32_t *queries, *weights, *coded_weights;
-        CodedQueries coded_queries;  // of the first rows; those of others follow
+        CodedQueries coded_queries;
         float *scores[2], *weight_units;  // by either part of keys; what an integer of a row's weights is worth, block by block
         State block;
-        Wide* copies;  // of keys, or of a column of values, that don't lie as they are read
+        Wide* copies;   // of keys, or of a column of values, that don't lie as they are read
         char* nothing;  // a row of zeros
     };
 
     explicit Attention(const Attend& op)
         : op(op), group(op.heads / op.kv_heads), lanes((op.head + FULL - 1) / FULL * FULL),
-          cut(least(most(op.split - op.key_offset, 0), op.head)), parts{{0, cut}, {cut, op.head}},
+          cut(least(most(op.split - op.key_offset, 0), op.head)), parts{{0, cut, 0}, {cut, op.head, 1}},
           whole(BYTES && sizeof(T) == 2 && op.scales && lanes == op.head && cut % FOLD == 0 && op.head <= WIDEST &&
                 (op.split <= op.value_offset || op.split >= op.value_offset + op.head)) {}
 
-    template <Words W>
-    long inner() const {
-        return lanes / PER_WORD<W>;
-    }
+    long inner() const { return lanes / PER_WORD<OWN>; }  // words of a head
 
     // Where the keys [from, from + KEYS) of a unit lie, up to `until`: in the pages or among the step's rows.
     void find(const Unit& u, long from, long until, const Buffers& b, Found& found) const {
@@ -134,15 +131,10 @@ struct Attention {
         for (long r = 0; r < u.count * group; ++r) {
             const long token = u.first + r / group, head = u.kv_head * group + r % group;
             const T* q = static_cast<const T*>(op.q) + (token * op.heads + head) * op.head;
-            auto* to = reinterpret_cast<Wide*>(b.queries + r * inner<OWN>());
+            auto* to = reinterpret_cast<Wide*>(b.queries + r * inner());
             for (long i = 0; i < lanes; i += LANES) put(to + i, i < op.head ? get(q + i, op.head - i) : zero());
-            const CodedQueries coded = coded_queries(b, r);
-            for (long i = 0; whole && i < 2; ++i) coded.round(q, parts[i], r % TOGETHER, coded.ends(lanes, i)[r % TOGETHER]);
+            for (long i = 0; whole && i < 2; ++i) b.coded_queries.round(q, parts[i], r);
         }
-    }
-
-    CodedQueries coded_queries(const Buffers& b, long row) const {
-        return {b.coded_queries.words + row / TOGETHER * CodedQueries::size(lanes)};
     }
 
     // What the scores of a chunk's keys and the weights of its values are multiplied with where those are codes.
@@ -167,7 +159,8 @@ struct Attention {
         return {most(first_key(row) - from, found.first), least(last_key(row) - from, found.last - 1)};
     }
 
-    // The scores of row r as they count, minus infinity where a key is not seen; returns the largest, or `top` if that is.
+    // The scores of row r as they count, minus infinity where a key is not seen. Returns the largest, or `top` if that is larger.
+    // Whole blocks of codes, whatever lies in a buffer beyond the keys that were found: none of it is seen.
     float limit(const Found& found, const Seen& seen, const Scales& scales, float top, const Buffers& b, long r) const {
         float* v = b.scores[0] + r * KEYS;
         F16 best = splat(top);
@@ -186,7 +179,7 @@ struct Attention {
         return maximum(best);
     }
 
-    // Such scores to weights, `units` apart by `rows` from one block of codes to the next. Returns the weights' sum.
+    // Such scores to weights. Returns their sum.
     float weigh(const Found& found, const Scales& scales, float top, const Buffers& b, long rows, long r) const {
         const float* v = b.scores[0] + r * KEYS;
         F16 total = zero();
@@ -233,15 +226,14 @@ struct Attention {
 
     Buffers buffers() const {
         const long rows = rows_at_once(), wide = most(EDGE * lanes, KEYS * COLUMN);
-        const long coded = (rows + TOGETHER - 1) / TOGETHER * CodedQueries::size(lanes);
-        const size_t words = rows * (inner<OWN>() + KEYS / PER_WORD<OWN> + KEYS / 4 + 2 * KEYS + BLOCKS) + coded +
+        const size_t words = rows * (inner() + KEYS / PER_WORD<OWN> + KEYS / 4 + 2 * KEYS + BLOCKS) + CodedQueries::size(rows, lanes) +
                              State::floats(rows, lanes) + wide * sizeof(Wide) / 4 + op.width * sizeof(T) / 4 + 10 * LANES;
         auto* at = static_cast<uint32_t*>(scratch(ATTENTION, words * 4));
         const auto take = [&](long count) { return (at += (count + LANES - 1) / LANES * LANES) - (count + LANES - 1) / LANES * LANES; };
         const auto floats = [&](long count) { return reinterpret_cast<float*>(take(count)); };
         Buffers b;
-        b.queries = take(rows * inner<OWN>()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
-        b.coded_queries = {take(coded)}, b.coded_weights = take(rows * KEYS / 4);
+        b.queries = take(rows * inner()), b.weights = take(rows * KEYS / PER_WORD<OWN>);
+        b.coded_queries = {take(CodedQueries::size(rows, lanes)), lanes}, b.coded_weights = take(rows * KEYS / 4);
         b.scores[0] = floats(rows * KEYS), b.scores[1] = floats(rows * KEYS), b.weight_units = floats(rows * BLOCKS);
         b.block = State::in(floats(State::floats(rows, lanes)), rows, lanes);
         b.copies = reinterpret_cast<Wide*>(take(wide * sizeof(Wide) / 4));
@@ -255,7 +247,7 @@ struct Attention {
 
     // Scores of the keys [begin, end) of a chunk.
     void score_keys(long rows, const Found& found, long begin, long end, const Buffers& b, Ahead& ahead) const {
-        const Queries queries = {b.queries, inner<OWN>()};
+        const Queries queries = {b.queries, inner()};
         for (long k = begin; k < end; k += EDGE) {
             const Wide* key[EDGE];
             for (long j = 0; j < EDGE; ++j) {
@@ -264,7 +256,7 @@ struct Attention {
                 if (!lies_ready(found.scale[k + j]))
                     key[j] = copy(row, found.scale[k + j], op.key_offset, op.key_offset + op.head, b.copies + j * lanes, lanes);
             }
-            score_rows<OWN>(rows, queries, key, 0, EDGE, inner<OWN>(), b.scores[0] + k, ahead);
+            score_rows<OWN>(rows, queries, key, 0, EDGE, inner(), b.scores[0] + k, ahead);
         }
     }
 
@@ -273,7 +265,7 @@ struct Attention {
         for (long i = cut == 0; i < (cut < op.head ? 2 : 1); ++i) {
             const int8_t* key[KEYS];
             for (long k = begin; k < end; ++k) key[k] = reinterpret_cast<const int8_t*>(found.row[k]) + op.key_offset + parts[i].begin;
-            score_codes(b.coded_queries, rows, lanes, parts[i], i, key + begin, end - begin, b.scores[i && cut > 0] + begin, ahead);
+            score_codes(b.coded_queries, rows, parts[i], key + begin, end - begin, b.scores[i && cut > 0] + begin, ahead);
         }
     }
 

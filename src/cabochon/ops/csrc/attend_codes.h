@@ -1,10 +1,10 @@
 // The products of attention where keys and values are codes of 8 bits: in integers, exact in any order, by queries and weights
 // of 8 bits.
 //
-// A query has a scale for each lane, that is for every four numbers in 64. They are paid for with one product per score and
-// lane, so what else is left to do with sixteen sums is kept off the multipliers' ports: integers begin as the bits of a
-// float, which saves their conversion, and lanes that are added up are scaled by the same instruction. On Zen 4, shuffles
-// within quarters of a register cost nothing beside products; those across quarters do.
+// A query has a scale for each lane, that is for every four numbers in 64, which costs one more product per score and lane. So
+// whatever else is done with a score's sixteen sums is kept off the multipliers' ports: integers begin as the bits of a float,
+// which saves their conversion, and the product with a scale is the addition across lanes, too. (On Zen 4 shuffles within
+// quarters of a register cost nothing beside products; those across quarters, and stores, do.)
 #pragma once
 
 #include "attend_tiles.h"
@@ -17,12 +17,12 @@ constexpr bool BYTES = true;  // are there products of bytes?
 constexpr bool BYTES = false;
 #endif
 
-constexpr long FOLD = 64;     // numbers of a head that fill a register; the scales repeat after so many
-constexpr long CODED = 64;    // keys whose weights are rounded together
-constexpr long TOGETHER = 4;  // queries that meet keys together
-constexpr long WIDEST = 2048;  // numbers of a head whose products' sums the bits of a float hold
-constexpr uint32_t FLOATING = 0x4b400000;  // added to an integer of 22 bits and a sign, the bits of a float that is ...
-constexpr float FLOATED = 12582912.0f;     // ... so much larger than it
+constexpr long FOLD = 64;      // numbers of a head that fill a register; the scales repeat after so many
+constexpr long CODED = 64;     // keys whose weights are rounded together
+constexpr long TOGETHER = 4;   // queries that meet keys together
+constexpr long WIDEST = 2048;  // numbers of a head: 128 products of bytes per lane, 255 x 127 each, are below 2^22
+constexpr uint32_t FLOATING = 0x4b400000;  // with an integer of 22 bits and a sign added, the bits of a float that is ...
+constexpr float FLOATED = 12582912.0f;     // ... larger by this
 
 // Bytes without a sign times bytes with one.
 INLINE I16 multiply_bytes(I16 sums, U16 natural, U16 integer) {
@@ -42,12 +42,12 @@ INLINE F16 largest_of_fours(F16 v) {
     return v;
 }
 
-// The part of a key whose codes share a scale: numbers [begin, end) of the head.
+// A part of a key whose codes share a scale: numbers [begin, end) of the head.
 struct KeyPart {
-    long begin, end;
+    long begin, end, index;
 };
 
-// Up to TOGETHER queries in codes: what meets a register of a key lies side by side, and after all of it each part's `Ends`.
+// Queries in codes, TOGETHER at a time: what meets a register of a key lies side by side, and behind all of it each part's `Ends`.
 struct CodedQueries {
     // What a query's sums of products begin with and come to. Codes of keys are taken 128 larger than they are, for which
     // `begin` makes up; low and high scales are those of the lanes that `unpack_low` and `unpack_high` give.
@@ -55,15 +55,21 @@ struct CodedQueries {
         uint32_t begin[LANES];
         float low[LANES], high[LANES], offset[LANES];
     };
-    uint32_t* words;  // [head / FOLD, TOGETHER, LANES], then [2, TOGETHER] of Ends
+    uint32_t* words;  // of every TOGETHER queries [head / FOLD, TOGETHER, LANES], then [2, TOGETHER] of Ends
+    long head;
 
-    static long size(long head) { return TOGETHER * (head / 4 + 2 * long(sizeof(Ends) / 4)); }
-    uint32_t* at(long number, long row) const { return words + (number / FOLD * TOGETHER + row) * LANES; }
-    Ends* ends(long head, long part) const { return reinterpret_cast<Ends*>(words + TOGETHER * head / 4) + part * TOGETHER; }
+    static long size(long rows, long head) {
+        return (rows + TOGETHER - 1) / TOGETHER * TOGETHER * (head / 4 + 2 * long(sizeof(Ends) / 4));
+    }
+    CodedQueries from(long row) const { return {words + row * size(TOGETHER, head) / TOGETHER, head}; }  // a multiple of TOGETHER
+    uint32_t* at(long number) const { return words + number / FOLD * TOGETHER * LANES; }
+    Ends* ends(const KeyPart& part) const { return reinterpret_cast<Ends*>(words + TOGETHER * head / 4) + part.index * TOGETHER; }
 
     // A part of query `row` to codes. The scales are no numbers if any of `q` is none.
     template <class T>
-    void round(const T* q, const KeyPart& part, long row, Ends& to) const {
+    void round(const T* q, const KeyPart& part, long row) const {
+        const CodedQueries some = from(row / TOGETHER * TOGETHER);
+        row %= TOGETHER;
         F16 odd = zero();
         alignas(64) float scales[FOLD];
         F16 inverse[FOLD / LANES];
@@ -79,10 +85,11 @@ struct CodedQueries {
         }
         I16 sums = splat(0);
         for (long i = part.begin; i < part.end; i += FOLD) {
-            auto* codes = reinterpret_cast<int8_t*>(at(i, row));
+            auto* codes = reinterpret_cast<int8_t*>(some.at(i) + row * LANES);
             for (long v = 0; v < FOLD / LANES; ++v) put_bytes(codes + v * LANES, rounded(get(q + i + v * LANES) * inverse[v]));
             sums = multiply_bytes(sums, U16::of(0x80808080u), load<U16>(codes));
         }
+        Ends& to = some.ends(part)[row];
         store(to.begin, int32_t(FLOATING) - sums);
         const float nothing = sum(odd);
         for (long i = 0; i < LANES; ++i) {
@@ -131,17 +138,16 @@ INLINE void score_four(const uint32_t* words, const CodedQueries::Ends* ends, co
 }
 #endif
 
-// The scores of `rows` queries over the keys [0, count), a multiple of four: the part `number` of them, from key[..] on.
-INLINE void score_codes(const CodedQueries& queries, long rows, long head, const KeyPart& part, long number, const int8_t* const* key,
-                        long count, float* out, Ahead& asking) {
+// The scores of all queries over a part of keys, a multiple of four, to out[query * KEYS + key].
+INLINE void score_codes(const CodedQueries& queries, long rows, const KeyPart& part, const int8_t* const* key, long count, float* out,
+                        Ahead& asking) {
 #if CABOCHON_AVX512
-    const long steps = (part.end - part.begin) / FOLD;
-    Ahead ahead = asking;
-    for (long k = 0; k < count; k += 4)
+    const long steps = (part.end - part.begin) / FOLD, apart = CodedQueries::size(TOGETHER, queries.head);
+    Ahead ahead = asking;  // a copy can stay in registers
+    for (long k = 0; k < count; k += 4) {
+        const uint32_t* words = queries.at(part.begin);
+        const auto* ends = queries.ends(part);
         for (long r = 0; r < rows; r += TOGETHER) {
-            const CodedQueries group = {queries.words + r / TOGETHER * CodedQueries::size(head)};
-            const uint32_t* words = group.at(part.begin, 0);
-            const auto* ends = group.ends(head, number);
             float* to = out + r * KEYS + k;
             switch (least(rows - r, TOGETHER)) {
                 case 1: score_four<1>(words, ends, key + k, steps, to, ahead); break;
@@ -149,10 +155,12 @@ INLINE void score_codes(const CodedQueries& queries, long rows, long head, const
                 case 3: score_four<3>(words, ends, key + k, steps, to, ahead); break;
                 default: score_four<4>(words, ends, key + k, steps, to, ahead);
             }
+            words += apart, ends = reinterpret_cast<const CodedQueries::Ends*>(reinterpret_cast<const uint32_t*>(ends) + apart);
         }
+    }
     asking = ahead;
 #endif
-    (void)queries, (void)rows, (void)head, (void)part, (void)number, (void)key, (void)count, (void)out, (void)asking;
+    (void)queries, (void)rows, (void)part, (void)key, (void)count, (void)out, (void)asking;
 }
 
 // Weights of a block of keys, times the values' scales, as bytes without a sign; the weights are added to `total`. Returns what
