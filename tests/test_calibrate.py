@@ -185,7 +185,7 @@ def test_a_layer_in_stages_is_the_layer(tmp_path, size):
         for i, layer in enumerate(text.layers):
             spec = layer.spec
             k_weight = text.layers[spec.reads_kv_of].self_attn.k_norm.weight if spec.k_eq_v else None
-            angles = walk.angles_by_kind([spec], batch.rows.position, x.dtype)[spec.kind]
+            angles = walk.angles_by_kind([spec], batch.rows.position)[spec.kind]
             x = layer(x, None if ple is None else ple[:, i], step, batch.view(spec, False), angles, k_weight)
             assert len(list(walk._stages(layer, stream, k_weight))) == len(walk._order(spec))
             assert torch.equal(stream.x, x)

@@ -137,7 +137,7 @@ def test_quantised_weights_are_widened_for_many_rows(monkeypatch):
     weight = quantize(torch.randn(24, 64), "int4")
     weight = replace(weight, codes=weight.codes.to(DEVICE), scales=weight.scales.to(DEVICE))
     asked = []
-    monkeypatch.setattr(gpu.kernels()[2], "linear", lambda x, w: asked.append(len(x)))
+    monkeypatch.setattr(gpu.kernels()[2], "linear", lambda x, w, wide: asked.append(len(x)))
     few, many = torch.randn(gpu.FEW, 64).to(DEVICE), torch.randn(gpu.FEW + 1, 64).to(DEVICE)
     gpu.linear(few, weight)
     assert asked == [gpu.FEW] and gpu.linear(many, weight).shape == (gpu.FEW + 1, 24) and len(asked) == 1

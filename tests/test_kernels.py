@@ -60,6 +60,9 @@ def test_linear(rows, outputs, inputs, format, dtype, random):
     x = torch.randn(rows, inputs, generator=random).to(dtype)
     weight = weight_of((outputs, inputs), format, dtype, random)
     assert_close(cpu.linear(x, weight), exact_linear(x, weight), dtype)
+    wide = cpu.linear(x, weight, wide=True)
+    assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), cpu.linear(x, weight))
+    assert_close(wide, exact_linear(x, weight), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -200,15 +203,12 @@ def test_rms_norm_of_a_wider_stream_has_the_type_of_the_weight(width, random):
     assert_close(got, reference.rms_norm(x.double(), weight.double(), 1e-6), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("kind", "dtype"), [*zip(TOLERANCE, TOLERANCE, strict=True), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("width", [1, 72, 1152])
-@pytest.mark.parametrize("onto", [None, "alike", "float32"])
-def test_settle(onto, width, dtype, random):
-    x, weight = (
-        (torch.randn(3, 5, width, generator=random) * 2).to(dtype),
-        torch.randn(width, generator=random).to(dtype),
-    )
-    kind = torch.float32 if onto == "float32" else dtype
+@pytest.mark.parametrize("onto", [False, True])
+def test_settle(onto, width, kind, dtype, random):
+    weight = torch.randn(width, generator=random).to(dtype)
+    x = (torch.randn(3, 5, width, generator=random) * 2).to(kind)
     residual = torch.randn(3, 5, width, generator=random).to(kind) if onto else None
     wide = None if residual is None else residual.double()
     for options in ({}, {"bound": 0.5, "share": 0.5}):
@@ -219,13 +219,14 @@ def test_settle(onto, width, dtype, random):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [16, 70])
-def test_per_layer_inputs_are_those_of_their_steps(width, dtype, random):
-    x, token = (torch.randn(9, 5, width, generator=random).to(dtype) for _ in range(2))
-    weight = torch.randn(width, generator=random).to(dtype)
-    expected = (ops.rms_norm(x * 64**-0.5, weight, 1e-6) + token) * 2**-0.5
-    assert torch.equal(ops.per_layer_inputs(x, token, weight, 1e-6, 64**-0.5), expected)
-    with torch.inference_mode(False), torch.enable_grad():
-        assert_close(expected, ops.per_layer_inputs(x, token, weight, 1e-6, 64**-0.5), dtype)
+def test_per_layer_inputs(width, dtype, random):
+    x, token, weight = (torch.randn(shape, generator=random) for shape in ((9, 5, width), (9, 5, width), width))
+    token, weight = token.to(dtype), weight.to(dtype)
+    expected = reference.per_layer_inputs(x.double(), token.double(), weight.double(), 1e-6, 64**-0.5)
+    for given in (x, x.to(dtype)):
+        got = ops.per_layer_inputs(given, token, weight, 1e-6, 64**-0.5)
+        assert got.dtype == dtype
+        assert_close(got, expected, dtype, 1 if given.dtype == torch.float32 else 2)
 
 
 def test_cos_and_sin(random):
@@ -252,11 +253,12 @@ def test_torch_has_no_team_where_ours_works():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("head", "rotated"), [(256, 256), (512, 128), (8, 4), (20, 20)])
 def test_rope(head, rotated, dtype, random):
-    x = torch.randn(7, 3, head, generator=random).to(dtype)
-    angle = torch.randn(7, rotated // 2, generator=random)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x, angle = torch.randn(7, 3, head, generator=random), torch.randn(7, rotated // 2, generator=random)
+    cos, sin = angle.cos(), angle.sin()
     expected = reference.rope(x.double(), cos.double(), sin.double())
-    assert_close(ops.rope(x, cos, sin), expected, dtype)
+    got = ops.rope(x, cos, sin, dtype)
+    assert got.dtype == dtype and ops.rope(x, cos, sin).dtype == torch.float32
+    assert_close(got, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

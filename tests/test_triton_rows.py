@@ -24,6 +24,13 @@ def test_norm(width, dtype):
         assert distance(got.cpu(), reference.rms_norm(x, w, 1e-6)) < TOLERANCE[dtype]
 
 
+def test_norm_of_what_stays_wide():
+    x, weight = torch.randn(3, 2, 48), torch.randn(48).bfloat16()
+    got = triton_rows.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6, wide=True)
+    assert got.dtype == torch.float32
+    assert distance(got.cpu(), reference.settle(x, weight, 1e-6)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rotated", [32, 8])
 def test_rope_of_all_or_a_quarter_of_the_dimensions(rotated, dtype):
@@ -31,6 +38,8 @@ def test_rope_of_all_or_a_quarter_of_the_dimensions(rotated, dtype):
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     got = triton_rows.rope(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE))
     assert distance(got.cpu(), reference.rope(x, cos, sin)) < TOLERANCE[dtype]
+    narrow = triton_rows.rope(x.float().to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), dtype)
+    assert narrow.dtype == dtype and distance(narrow.cpu(), reference.rope(x, cos, sin)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -216,7 +216,7 @@ def _stages(layer: Layer, stream: _Stream, k_weight: Tensor | None) -> Iterator[
     """`Layer.forward` on a stream, which stops before every product whose matrix is to be rounded and hands out its
     inputs: the matrix may be another one when it goes on."""
     spec, attn, x, batch = layer.spec, layer.self_attn, stream.x, stream.batch
-    angles = angles_by_kind([spec], batch.rows.position, layer.input_layernorm.weight.dtype)[spec.kind]
+    angles = angles_by_kind([spec], batch.rows.position)[spec.kind]
     normed = layer.input_layernorm(x)
     yield Inputs(normed)
     if spec.owns_kv:

@@ -1,8 +1,9 @@
 """The decoder layer of text network and drafter: attention, dense MLP with experts beside it, per-layer embedding.
 
-Unusual here: the residual stream is float32 at least, whatever type the weights have: rounding it to bfloat16 three
-times a layer costs more than all other roundings together (docs/numerics.md). Attention is handed the step's rows of
-keys and values, its own or those of the layer it shares with, and the pages of what came before; it writes neither.
+Unusual here: only what a matrix takes and what is stored of a token has the weights' type; all else, what matrices
+give and the residual stream, is float32 at least (docs/numerics.md has what rounding it, too, would cost). Attention is
+handed the step's rows of keys and values, its own or those of the layer it shares with, and the pages of what came
+before; it writes neither.
 """
 
 from __future__ import annotations
@@ -22,15 +23,10 @@ from .watched import Watched
 Angles = tuple[Tensor, Tensor]
 
 
-def residual_type(weights: torch.dtype) -> torch.dtype:
-    """The type of the residual stream between layers whose weights have another."""
-    return torch.promote_types(weights, torch.float32)
-
-
-def angles_by_kind(layers: Iterable[LayerSpec], position: Tensor, dtype: torch.dtype) -> dict[Kind, Angles]:
+def angles_by_kind(layers: Iterable[LayerSpec], position: Tensor) -> dict[Kind, Angles]:
     """cos and sin at `position` [Q] for the layers of each kind, which all turn alike."""
     first = {spec.kind: spec for spec in layers}
-    return {kind: rope_angles(position, spec.rope, spec.head_dim, dtype) for kind, spec in first.items()}
+    return {kind: rope_angles(position, spec.rope, spec.head_dim) for kind, spec in first.items()}
 
 
 class Attention(Watched):
@@ -41,28 +37,28 @@ class Attention(Watched):
         self.spec = spec
         self.eps = eps
         self.row_width, self.key_offset, self.value_offset = row_geometry(spec)
-        self.q_proj = Linear(width, spec.q_heads * spec.head_dim)
+        self.q_proj = Linear(width, spec.q_heads * spec.head_dim, wide=True)
         self.q_norm = RMSNorm(spec.head_dim, eps)
         if spec.owns_kv:
-            self.k_proj = Linear(width, spec.kv_heads * spec.head_dim)
+            self.k_proj = Linear(width, spec.kv_heads * spec.head_dim, wide=True)
             self.k_norm = RMSNorm(spec.head_dim, eps)
             if not spec.k_eq_v:
-                self.v_proj = Linear(width, spec.kv_heads * spec.head_dim)
-        self.o_proj = Linear(spec.q_heads * spec.head_dim, width)
+                self.v_proj = Linear(width, spec.kv_heads * spec.head_dim, wide=True)
+        self.o_proj = Linear(spec.q_heads * spec.head_dim, width, wide=True)
 
     def kv_rows(self, x: Tensor, angles: Angles) -> Tensor:
         """What is stored of the tokens `x` [T, D]: [T, K, W], see `kv.layout`."""
         spec = self.spec
         raw = self.k_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim))  # [T, K, H]
         if not spec.k_eq_v:
-            key = ops.rope(self.k_norm(raw), *angles)
+            key = ops.rope(self.k_norm.settle(raw), *angles)
             value = ops.rms_norm(self.v_proj(x).unflatten(-1, (spec.kv_heads, spec.head_dim)), None, self.eps)
-            return torch.cat([key, value], -1)
+            return torch.cat([key, value], -1).to(x.dtype)
         n_rot, n_rest = split_rotated(ops.rms_norm(raw, None, self.eps), spec.rope.rotated)
         w_rot, _ = split_rotated(self.k_norm.weight, spec.rope.rotated)
         # A head of width `rotated` that turns whole: the pairs (i, i + rotated / 2) are the former (i, i + H / 2).
         k_rot = ops.rope(n_rot * w_rot, *angles)
-        return torch.cat([n_rot, n_rest, k_rot], -1)
+        return torch.cat([n_rot, n_rest, k_rot], -1).to(x.dtype)
 
     def queries(self, x: Tensor, angles: Angles, k_weight: Tensor | None) -> Tensor:
         """[Q, D] -> [Q, N, H] in the order of the stored key.
@@ -71,16 +67,17 @@ class Attention(Watched):
         turn are stored without it.
         """
         spec = self.spec
-        q = ops.rope(self.q_norm(self.q_proj(x).unflatten(-1, (spec.q_heads, spec.head_dim))), *angles)
+        raw = self.q_proj(x).unflatten(-1, (spec.q_heads, spec.head_dim))
+        q = ops.rope(self.q_norm.settle(raw), *angles, None if spec.k_eq_v else x.dtype)
         if not spec.k_eq_v:
             return q
         assert k_weight is not None
         q_rot, q_rest = split_rotated(q, spec.rope.rotated)
         _, w_rest = split_rotated(k_weight, spec.rope.rotated)
-        return torch.cat([q_rest * w_rest, q_rot], -1)
+        return torch.cat([q_rest * w_rest, q_rot], -1).to(x.dtype)
 
     def forward(self, x: Tensor, step: Tensor, view: View, angles: Angles, k_weight: Tensor | None) -> Tensor:
-        """`x` [Q, D] are the query rows, `step` [T, K, W] the rows of all tokens of the step -> [Q, D]."""
+        """`x` [Q, D] are the query rows, `step` [T, K, W] the rows of all tokens of the step -> [Q, D], wide."""
         out: Tensor = self.o_proj(self.heads(x, step, view, angles, k_weight))
         return out
 
@@ -178,8 +175,8 @@ class Layer(Watched):
             self.pre_feedforward_layernorm_2 = RMSNorm(width, eps)
             self.post_feedforward_layernorm_2 = RMSNorm(width, eps)
         if spec.ple_width:
-            self.per_layer_input_gate = Linear(width, spec.ple_width)
-            self.per_layer_projection = Linear(spec.ple_width, width)
+            self.per_layer_input_gate = Linear(width, spec.ple_width, wide=True)
+            self.per_layer_projection = Linear(spec.ple_width, width, wide=True)
             self.post_per_layer_input_norm = RMSNorm(width, eps)
         self.register_buffer("layer_scalar", torch.ones(1))
 
@@ -192,7 +189,7 @@ class Layer(Watched):
         angles: Angles,
         k_weight: Tensor | None,
     ) -> Tensor:
-        """`x` [Q, D] -> [Q, D], of the type that `residual_type` says.
+        """`x` [Q, D] -> [Q, D], the residual stream, float32 at least.
 
         Args:
             step: rows of the step's tokens [T, K, W] by the layer that stores them; this layer's are added.
@@ -212,9 +209,9 @@ class Layer(Watched):
         y = self.mlp(self.pre_feedforward_layernorm(x))
         if self.spec.experts:
             routed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-            y = self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(routed)
+            y = self.post_feedforward_layernorm_2.settle(routed, onto=self.post_feedforward_layernorm_1.settle(y))
         return self.post_feedforward_layernorm.settle(y, onto=x)
 
     def per_layer_input(self, x: Tensor, ple: Tensor) -> Tensor:
-        gate = nn.functional.gelu(self.per_layer_input_gate(x.to(ple.dtype)), approximate="tanh")
-        return self.post_per_layer_input_norm.settle(self.per_layer_projection(gate * ple), onto=x)
+        gated = ops.gate(self.per_layer_input_gate(x.to(ple.dtype)), ple)
+        return self.post_per_layer_input_norm.settle(self.per_layer_projection(gated), onto=x)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import READS_TARGET, DrafterConfig, Kind, ModelConfig
 from ..ops.views import Pages, Past, Rows, View
-from .decoder import Angles, Layer, angles_by_kind, residual_type
+from .decoder import Angles, Layer, angles_by_kind
 from .fused import Step, run_layers
 from .layers import Embedding, Linear, RMSNorm
 from .text import Text
@@ -83,7 +83,7 @@ class Drafter(nn.Module):
         self.embed_tokens = Embedding(text.vocab_size, width)
         self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(s, width, text.rms_norm_eps) for s in text.layers))
         self.norm = RMSNorm(width, text.rms_norm_eps)
-        self.pre_projection = Linear(2 * backbone, width)
+        self.pre_projection = Linear(2 * backbone, width, wide=True)
         self.post_projection = Linear(width, backbone)
         self.masked_embedding: OrderedEmbedding | None = None
         if config.drafter.use_ordered_embeddings:
@@ -95,12 +95,12 @@ class Drafter(nn.Module):
         The first guess takes the target's normed hidden state of the last stored token, later ones the second result
         of the one before. Returns the normed state [Q, D] for `logits`, and the hidden state [Q, B] for the next guess.
         """
-        return self._run(embedded, hidden, stored, self._angles(stored, hidden.dtype))
+        return self._run(embedded, hidden, stored, self._angles(stored))
 
     def _run(
         self, embedded: Tensor, hidden: Tensor, stored: Stored, angles: Mapping[Kind, Angles]
     ) -> tuple[Tensor, Tensor]:
-        x = self.pre_projection(torch.cat([embedded, hidden], -1)).to(residual_type(hidden.dtype))
+        x = self.pre_projection(torch.cat([embedded, hidden], -1))
         for kind, layers in groupby(self.layers, lambda layer: layer.spec.kind):
             rows = stored.step[kind]
             step = Step(
@@ -111,9 +111,9 @@ class Drafter(nn.Module):
         x = self.norm(x)
         return x, self.post_projection(x)
 
-    def _angles(self, stored: Stored, dtype: torch.dtype) -> dict[Kind, Angles]:
+    def _angles(self, stored: Stored) -> dict[Kind, Angles]:
         """All guesses of a burst ask from one place."""
-        return angles_by_kind(self.config.text.layers, stored.rows.position + 1, dtype)
+        return angles_by_kind(self.config.text.layers, stored.rows.position + 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """[Q, D] -> [Q, V]; tokens outside the nearest clusters get one less than the least of those inside."""
@@ -135,7 +135,7 @@ class Drafter(nn.Module):
     def burst(self, target: Text, newest: Tensor, hidden: Tensor, stored: Stored, count: int) -> Tensor:
         """`count` greedy guesses [Q, count] after the `newest` tokens [Q]; `hidden` [Q, B] as in `forward`."""
         scale, guesses = math.sqrt(target.config.hidden_size), []
-        angles = self._angles(stored, hidden.dtype)
+        angles = self._angles(stored)
         for _ in range(count):
             x, hidden = self._run(target.embed_tokens(newest, scale), hidden, stored, angles)
             newest = self.likeliest(x)

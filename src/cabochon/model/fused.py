@@ -100,10 +100,10 @@ class FusedLayers:
     def run(self, x: Tensor, ple: Tensor | None, step: Step) -> Tensor | None:
         """All layers, and the storing of what they are the last to read; None where the kernels can't."""
         angles = [step.angles[kind] for kind in self._kinds]
-        if self.plan is None or any(cos.dtype != self.dtype for cos, _ in angles):
+        if self.plan is None or any(cos.dtype != torch.float32 for cos, _ in angles):
             return None
         views = [step.see(layer.spec) for layer in self._readers.values()]
-        rows = list(self._rows(angles[0][0], step))
+        rows = list(self._rows(x.new_empty(0, dtype=self.dtype), step))
         norms = [step.k_weight(layer.spec) for layer in self._readers.values()]
         if any(norm is not None and norm.dtype != self.dtype for norm in norms):
             return None

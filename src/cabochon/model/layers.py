@@ -13,16 +13,20 @@ from .watched import Watched
 
 
 class Linear(Watched):
-    """A matrix without bias. `weight` [O, I] is a parameter, or a `QuantTensor` once a loader put one there."""
+    """A matrix without bias. `weight` [O, I] is a parameter, or a `QuantTensor` once a loader put one there.
+
+    What a `wide` one gives is float32 at least.
+    """
 
     weight: ops.Weight
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, wide: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.wide = wide
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        return ops.linear(x, self.weight, self.wide)
 
 
 class Embedding(Watched):
@@ -50,18 +54,17 @@ class RMSNorm(Watched):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def settle(self, x: Tensor, *, bound: float = torch.inf, onto: Tensor | None = None, share: float = 1.0) -> Tensor:
-        """`onto + share *` the norm of `x` cut to +-`bound`, in the type of `onto`."""
+        """`onto + share *` the norm of `x` cut to +-`bound`, in the type of `x`."""
         return ops.settle(x, self.weight, self.eps, bound=bound, onto=onto, share=share)
 
 
-def rope_angles(position: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, rotated / 2] of the angles at `position` [T].
+def rope_angles(position: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, rotated / 2], float32, of the angles at `position` [T].
 
-    Angles are taken in float32 and rounded to the model's type, as the reference does; at position 131,071 this differs
-    from exact angles, so computing them "better" would be worse.
+    Angles are taken in float32, as the reference does; at position 131,071 this differs from exact angles, so computing
+    them "better" would be worse.
     """
-    cos, sin = ops.cos_sin(position, _frequencies(rope, head_dim, position.device))
-    return cos.to(dtype), sin.to(dtype)
+    return ops.cos_sin(position, _frequencies(rope, head_dim, position.device))
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import Kind, LayerSpec, TextConfig
 from .batch import Batch
-from .decoder import Layer, angles_by_kind, residual_type
+from .decoder import Layer, angles_by_kind
 from .fused import Step, neighbours, run_layers
 from .layers import Embedding, Linear, RMSNorm
 
@@ -40,12 +40,12 @@ class Text(nn.Module):
             self.embed_tokens_per_layer = Embedding(
                 config.vocab_size_per_layer_input, len(config.layers) * self.ple_width
             )
-            self.per_layer_model_projection = Linear(width, len(config.layers) * self.ple_width)
+            self.per_layer_model_projection = Linear(width, len(config.layers) * self.ple_width, wide=True)
             self.per_layer_projection_norm = RMSNorm(self.ple_width, eps)
 
     def embed(self, batch: Batch) -> Tensor:
         """The residual stream before the first layer [T, D]; soft tokens take their places unscaled."""
-        kind = residual_type(self.norm.weight.dtype)
+        kind = ops.widened(self.norm.weight.dtype)
         x = self.embed_tokens(batch.token_ids, math.sqrt(self.config.hidden_size), kind)
         if batch.soft is not None:
             x = x.index_copy(0, batch.soft.index, batch.soft.features.to(x.dtype))
@@ -68,17 +68,17 @@ class Text(nn.Module):
 
         `kept` gets what the last owner of each kind stores of this step's tokens [T, K, W]: what a drafter reads.
         """
-        x, kind = self.embed(batch), self.norm.weight.dtype
+        x = self.embed(batch)
         ple = self.per_layer_inputs(x, batch)
         layers, skip = tuple(self.layers), False
-        angles = angles_by_kind(self.config.layers, batch.rows.position, kind)
+        angles = angles_by_kind(self.config.layers, batch.rows.position)
         step = Step(batch.tokens, partial(batch.view, skip=False), angles, self._k_weight)
         step.last_reader, step.kept = self.last_reader, kept
         for part in self.parts:
             if not layers[part.start].spec.owns_kv and not skip and batch.tail.index is not None:
                 x = x[batch.tail.index]
                 ple = None if ple is None else ple[batch.tail.index]
-                step.angles = angles_by_kind(self.config.layers, batch.tail.position, kind)
+                step.angles = angles_by_kind(self.config.layers, batch.tail.position)
                 step.see, skip = partial(batch.view, skip=True), True
             x = run_layers(layers[part], x, None if ple is None else ple[:, part], step)
         if batch.tail.index is not None and not skip:

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar, cast
 from torch import Tensor
 
 from . import cpu, gpu, reference, reference_drawing
-from .reference import Weight
+from .reference import Weight, widened
 from .reference_towers import Clip, Halving
 from .towers import attend_all, attend_recent, blend, clipped_gate, clipped_linear, subsample, turn
 from .views import Pages, Past, Rows, ScaledPages, View
@@ -38,6 +38,7 @@ __all__ = [
     "draw",
     "embed",
     "experts",
+    "gate",
     "gated_mlp",
     "head",
     "head_at",
@@ -53,6 +54,7 @@ __all__ = [
     "store",
     "subsample",
     "turn",
+    "widened",
 ]
 
 P = ParamSpec("P")
@@ -85,6 +87,7 @@ settle = _by(0, reference.settle)
 per_layer_inputs = _by(0, reference.per_layer_inputs)
 cos_sin = _by(1, reference.cos_sin)
 rope = _by(0, reference.rope)
+gate = _by(0, reference.gate)
 gated_mlp = _by(0, reference.gated_mlp)
 route = _by(0, reference.route)
 experts = _by(0, reference.experts)

@@ -41,7 +41,7 @@ def norm(
     x: int, dtype: int, count: int, width: int, stride: int, weight: int, eps: float, y: int, to: int, /
 ) -> None: ...
 def per_layer(
-    x: int, dtype: int, count: int, width: int, onto: int, weight: int, eps: float, scale: float, y: int, /
+    x: int, count: int, width: int, onto: int, weight: int, eps: float, scale: float, y: int, dtype: int, /
 ) -> None: ...
 def set_team(count: int, /) -> int: ...
 def cos_sin(positions: int, count: int, frequencies: int, width: int, cos: int, sin: int, /) -> None: ...
@@ -132,12 +132,12 @@ def settle(
     width: int,
     stride: int,
     weight: int,
+    weight_dtype: int,
     onto: int,
     eps: float,
     bound: float,
     share: float,
     y: int,
-    to: int,
     /,
 ) -> None: ...
 def turn(

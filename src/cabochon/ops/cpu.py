@@ -125,13 +125,18 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Weight, wide: bool = False) -> Tensor:
     matrix = as_matrix(weight, x.dtype)
     if matrix is None:
-        return reference.linear(x, weight)
-    rows, dtype = as_rows(x), DTYPES[x.dtype]
-    y = x.new_empty(*x.shape[:-1], matrix[4])
-    _cpu.linear(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), matrix, y.data_ptr(), dtype, 0.0)
+        return reference.linear(x, weight, wide)
+    return _product(x, matrix, torch.float32 if wide else x.dtype, 0.0)
+
+
+def _product(x: Tensor, matrix: _cpu.Matrix, kind: torch.dtype, softcap: float) -> Tensor:
+    rows = as_rows(x)
+    y = torch.empty(*x.shape[:-1], matrix[4], dtype=kind)
+    address = y.data_ptr()
+    _cpu.linear(rows.data_ptr(), DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, address, DTYPES[kind], softcap)
     return y
 
 
@@ -139,12 +144,7 @@ def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     matrix = as_matrix(weight, x.dtype)
     if matrix is None:
         return reference.head(x, weight, softcap)
-    rows = as_rows(x)
-    y = torch.empty(*x.shape[:-1], matrix[4], dtype=torch.float32)
-    _cpu.linear(
-        rows.data_ptr(), DTYPES[x.dtype], rows.shape[0], rows.stride(0), matrix, y.data_ptr(), 0, softcap or 0.0
-    )
-    return y
+    return _product(x, matrix, torch.float32, softcap or 0.0)
 
 
 def head_at(x: Tensor, weight: Weight, ids: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     if first is None or second is None or third is None or first[0] != second[0]:
         return reference.gated_mlp(x, gate, up, down)
     rows, dtype = as_rows(x), DTYPES[x.dtype]
-    y = torch.empty(*x.shape[:-1], third[4], dtype=x.dtype)
+    y = torch.empty(*x.shape[:-1], third[4], dtype=torch.float32)
     _cpu.gated(rows.data_ptr(), dtype, rows.shape[0], rows.stride(0), first, second, third, y.data_ptr())
     return y
 
@@ -182,7 +182,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
     if first is None or second is None or weights.dtype != x.dtype or not apart:
         return reference.experts(x, chosen, weights, gate_up, down)
     x, chosen, weights = as_rows(x), chosen.contiguous(), weights.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=torch.float32)
     _cpu.experts(
         x.data_ptr(),
         DTYPES[x.dtype],
@@ -265,11 +265,10 @@ def settle(
     onto: Tensor | None = None,
     share: float = 1.0,
 ) -> Tensor:
-    kind = x.dtype if onto is None else onto.dtype
-    if weight.dtype != x.dtype or x.dtype not in _narrower(kind):
+    if weight.dtype not in _narrower(x.dtype) or (onto is not None and onto.dtype != x.dtype):
         return reference.settle(x, weight, eps, bound=bound, onto=onto, share=share)
     rows, onto = as_rows(x), None if onto is None else onto.contiguous()
-    y = torch.empty(x.shape, dtype=kind)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _cpu.settle(
         rows.data_ptr(),
         DTYPES[x.dtype],
@@ -277,12 +276,12 @@ def settle(
         rows.shape[1],
         rows.stride(0),
         weight.data_ptr(),
+        DTYPES[weight.dtype],
         0 if onto is None else onto.data_ptr(),
         eps,
         bound,
         share,
         y.data_ptr(),
-        DTYPES[kind],
     )
     return y
 
@@ -292,15 +291,17 @@ def _narrower(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if dtype == torch.float32 else (dtype,)
 
 
+gate = reference.gate
+
+
 def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
     """In one call: from some thousand numbers on torch shares out sums, with what `cos_sin` says of its threads."""
-    if not x.dtype == token.dtype == weight.dtype:
+    if x.dtype != torch.float32 or token.dtype != weight.dtype or token.dtype not in DTYPES:
         return reference.per_layer_inputs(x, token, weight, eps, scale)
     x, token = x.contiguous(), token.contiguous()
-    y, width = torch.empty_like(x), x.shape[-1]
+    y, width = torch.empty_like(token), x.shape[-1]
     _cpu.per_layer(
         x.data_ptr(),
-        DTYPES[x.dtype],
         x.numel() // width,
         width,
         token.data_ptr(),
@@ -308,6 +309,7 @@ def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale
         eps,
         scale,
         y.data_ptr(),
+        DTYPES[y.dtype],
     )
     return y
 
@@ -321,14 +323,15 @@ def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if cos.dtype != x.dtype or x.dim() != 3:
-        return reference.rope(x, cos, sin)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    kind = dtype or x.dtype
+    if not x.dtype == cos.dtype == torch.float32 or kind not in DTYPES or x.dim() != 3:
+        return reference.rope(x, cos, sin, dtype)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=kind)
     tokens, heads, head = x.shape
     _cpu.rope(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), DTYPES[x.dtype], tokens, heads, head, cos.shape[-1]
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), DTYPES[kind], tokens, heads, head, cos.shape[-1]
     )
     return y
 

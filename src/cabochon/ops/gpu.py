@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..quant import QuantTensor
+from ..quant import QuantTensor, dequantize
 from . import reference, reference_drawing
 from .reference import Weight
 from .views import Pages, View
@@ -51,11 +51,16 @@ def kernels() -> tuple[ModuleType, ...]:
     return triton_attention, triton_experts, triton_matmul, triton_rows
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    if not _ours(x, weight):
-        return reference.linear(x, weight)
-    y: Tensor = kernels()[2].linear(x, weight)
-    return y
+def linear(x: Tensor, weight: Weight, wide: bool = False) -> Tensor:
+    if _ours(x, weight):
+        y: Tensor = kernels()[2].linear(x, weight, wide)
+        return y
+    if not wide or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda or torch.version.hip:
+        return reference.linear(x, weight, wide)
+    # In one launch, and not rounded: cuBLAS can give what it has added up, ROCm's library can't.
+    dense = dequantize(weight, x.dtype) if isinstance(weight, QuantTensor) else weight
+    sums: Tensor = torch.mm(x.flatten(0, -2), dense.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    return sums
 
 
 def _ours(x: Tensor, weight: Weight) -> bool:
@@ -65,8 +70,8 @@ def _ours(x: Tensor, weight: Weight) -> bool:
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     if not _ours(x, gate) or _kind(gate) != _kind(up):
-        return linear(kernels()[3].gate(linear(x, gate), linear(x, up)), down)
-    return linear(kernels()[2].gated(x, gate, up), down)
+        return linear(kernels()[3].gate(linear(x, gate), linear(x, up)), down, wide=True)
+    return linear(kernels()[2].gated(x, gate, up), down, wide=True)
 
 
 def _kind(weight: Weight) -> str:
@@ -74,7 +79,7 @@ def _kind(weight: Weight) -> str:
 
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
-    logits = linear(x, weight).float()
+    logits = linear(x, weight, wide=True)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -123,19 +128,24 @@ def settle(
     onto: Tensor | None = None,
     share: float = 1.0,
 ) -> Tensor:
-    if bound != torch.inf or onto is None:
+    if bound != torch.inf:
         return reference.settle(x, weight, eps, bound=bound, onto=onto, share=share)
-    y: Tensor = kernels()[3].rms_norm(x, weight, eps, gain=share, onto=onto)
+    y: Tensor = kernels()[3].rms_norm(x, weight, eps, gain=share, onto=onto, wide=True)
     return y
 
 
 def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
-    return (rms_norm(x * scale, weight, eps) + token) * 2**-0.5
+    return ((settle(x * scale, weight, eps) + token) * 2**-0.5).to(token.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y: Tensor = kernels()[3].rope(x, cos, sin)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    y: Tensor = kernels()[3].rope(x, cos, sin, dtype)
     return y
+
+
+def gate(x: Tensor, y: Tensor) -> Tensor:
+    gated: Tensor = kernels()[3].gate(x, y)
+    return gated
 
 
 def store(pages: Pages, rows: Tensor, slots: Tensor) -> None:

@@ -18,11 +18,20 @@ from .views import Pages, Past, Rows, ScaledPages, View
 Weight = Tensor | QuantTensor
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """`x` [..., I] times the rows of `weight` [O, I] -> [..., O]."""
+def linear(x: Tensor, weight: Weight, wide: bool = False) -> Tensor:
+    """`x` [..., I] times the rows of `weight` [O, I] -> [..., O], in x's type, or if `wide` in float32 at least.
+
+    Then the fast twins hand over their sums as they are, while torch has rounded them to x's type on the way.
+    """
     if isinstance(weight, QuantTensor):
         weight = dequantize(weight, x.dtype)
-    return F.linear(x, weight)
+    y = F.linear(x, weight)
+    return y.to(widened(y.dtype)) if wide else y
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 if that is wider: the type of the residual stream, and of what is on its way to it."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def embed(ids: Tensor, table: Weight, scale: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,15 +69,17 @@ def settle(
     onto: Tensor | None = None,
     share: float = 1.0,
 ) -> Tensor:
-    """`onto + share * rms_norm(x cut to +-bound) * weight` over the last axis of `x` [..., W], typed like `onto`."""
-    kind = x.dtype if onto is None else onto.dtype
-    y = rms_norm(x.clamp(-bound, bound), weight.to(kind), eps) * share
+    """`onto + share * rms_norm(x cut to +-bound) * weight` over the last axis of `x` [..., W], typed like `x`."""
+    y = rms_norm(x.clamp(-bound, bound), weight.to(x.dtype), eps) * share
     return y if onto is None else onto + y
 
 
 def per_layer_inputs(x: Tensor, token: Tensor, weight: Tensor, eps: float, scale: float) -> Tensor:
-    """`(rms_norm(x * scale) + token) / sqrt(2)`, what the layers get of a token's own embeddings: [T, layers, P]."""
-    return (rms_norm(x * scale, weight, eps) + token) * 2**-0.5
+    """`(rms_norm(x * scale) + token) / sqrt(2)`, what the layers get of a token's own embeddings: [T, layers, P].
+
+    `x` may be wider than the other two, whose type the result has.
+    """
+    return ((settle(x * scale, weight, eps) + token) * 2**-0.5).to(token.dtype)
 
 
 def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,23 +88,28 @@ def cos_sin(position: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the rotated dimensions of `x` [T, N, H] by `cos`, `sin` [T, rotated / 2].
+def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn the rotated dimensions of `x` [T, N, H] by `cos`, `sin` [T, rotated / 2]; in `dtype`, or as x is.
 
     Dimension i turns with i + H / 2 for i < rotated / 2; the others stay (proportional RoPE, fact sheet 2b).
     """
     quarter, half = cos.shape[-1], x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin, kind = cos[:, None], sin[:, None], dtype or x.dtype
     a, b = x[..., :quarter], x[..., half : half + quarter]
     turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
     if quarter == half:
-        return torch.cat([turned_a, turned_b], -1)
-    return torch.cat([turned_a, x[..., quarter:half], turned_b, x[..., half + quarter :]], -1)
+        return torch.cat([turned_a, turned_b], -1).to(kind)
+    return torch.cat([turned_a, x[..., quarter:half], turned_b, x[..., half + quarter :]], -1).to(kind)
+
+
+def gate(x: Tensor, y: Tensor) -> Tensor:
+    """`gelu_tanh(x) * y` of one shape, in the type of `y`; `x` may be wider."""
+    return (F.gelu(x, approximate="tanh") * y).to(y.dtype)
 
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    """`down(gelu_tanh(gate(x)) * up(x))`: [T, D] -> [T, D]; gate and up are [F, D], down is [D, F]."""
-    return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+    """`down(gelu_tanh(gate(x)) * up(x))`: [T, D] -> [T, D]; gate and up are [F, D], down, which is wide, [D, F]."""
+    return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down, wide=True)
 
 
 def route(
@@ -116,12 +132,15 @@ def choose(scores: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """Each token's experts, weighted and summed [T, D]; gate_up [E, 2F, D] (gate rows first), down [E, D, F]."""
-    out = torch.zeros_like(x)
+    """Each token's experts, weighted and summed [T, D]; gate_up [E, 2F, D] (gate rows first), down [E, D, F].
+
+    Typed as a wide `linear`.
+    """
+    out = torch.zeros_like(x, dtype=widened(x.dtype))
     for expert in chosen.unique().tolist():
         token, slot = (chosen == expert).nonzero(as_tuple=True)
         gate, up = linear(x[token], gate_up[expert]).chunk(2, -1)
-        y = linear(F.gelu(gate, approximate="tanh") * up, down[expert])
+        y = linear(F.gelu(gate, approximate="tanh") * up, down[expert], wide=True)
         out = out.index_add(0, token, y * weights[token, slot, None])
     return out
 
@@ -259,8 +278,7 @@ def _attend_one(
 
 def head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     """Logits of `x` [L, D] over `weight` [V, D], soft-capped as `c * tanh(logits / c)`: [L, V], float32 at least."""
-    logits = linear(x, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = linear(x, weight, wide=True)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -135,7 +135,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
     inner, width = gate_up.shape[1] // 2, x.shape[1]
     pairs = tokens * choices
     if not pairs:
-        return torch.zeros_like(x)
+        return torch.zeros_like(x, dtype=torch.float32)
     tile = experts_tile(generation(x.device), pairs, count)
     lone = pairs <= LONE
     flat = chosen.flatten()
@@ -152,7 +152,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Weight, down: W
         hidden, codes, scales, out, weights.contiguous(), pair, expert,
         COUNT=count, I=inner, O=width, FORMAT=format, LONE=lone, **sizes(tile),
     )  # fmt: skip
-    return out.unflatten(0, (tokens, choices)).sum(1).to(x.dtype)
+    return out.unflatten(0, (tokens, choices)).sum(1)
 
 
 def _sorted(chosen: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:

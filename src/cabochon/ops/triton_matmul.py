@@ -6,6 +6,7 @@ grouped experts share one inner product, and a row's sums do not depend on how m
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -121,11 +122,11 @@ def parts(weight: Weight) -> tuple[Tensor, Tensor, int]:
     return weight.contiguous(), weight, 0
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Weight, wide: bool = False) -> Tensor:
     """`reference.linear` for a weight [O, I]; x [.., I] float32, bfloat16 or float16."""
     flat = x.flatten(0, -2).contiguous()
     outputs, inputs = weight.shape
-    y = x.new_empty(flat.shape[0], outputs)
+    y = x.new_empty(flat.shape[0], outputs, dtype=torch.float32 if wide else x.dtype)
     tile = matmul_tile(generation(x.device))
     codes, scales, format = parts(weight)
     if y.numel():

@@ -71,12 +71,11 @@ def _rope(
 
 @triton.jit
 def _gate(a_ptr, b_ptr, y_ptr, count, B: tl.constexpr):
-    """gelu_tanh(a) * b; the first is rounded to their type, as a tensor of its own would be."""
+    """gelu_tanh(a) * b in the type of b; the first is rounded to that of a, as a tensor of its own would be."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    kind = y_ptr.dtype.element_ty
-    a = _gelu(tl.load(a_ptr + i, mask=i < count, other=0.0).to(tl.float32)).to(kind).to(tl.float32)
+    a = _gelu(tl.load(a_ptr + i, mask=i < count, other=0.0).to(tl.float32)).to(a_ptr.dtype.element_ty).to(tl.float32)
     b = tl.load(b_ptr + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i, (a * b).to(kind), mask=i < count)
+    tl.store(y_ptr + i, (a * b).to(y_ptr.dtype.element_ty), mask=i < count)
 
 
 @triton.jit
@@ -144,12 +143,13 @@ def _store(
         tl.store(pages_ptr + target * W + i, x.to(pages_ptr.dtype.element_ty), mask=i < W)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0, onto: Tensor | None = None) -> Tensor:
-    """`onto + gain * reference.rms_norm`, in the type of `onto`, for float32, bfloat16 and float16."""
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0, onto: Tensor | None = None, wide: bool = False
+) -> Tensor:
+    """`onto + gain * reference.rms_norm` for float32, bfloat16 and float16; if `wide` in the type of `x`."""
     width = x.shape[-1]
     x, onto = x.contiguous(), None if onto is None else onto.contiguous()
-    like = onto if onto is not None else x if weight is None else weight
-    y = torch.empty_like(x, dtype=like.dtype)
+    y = torch.empty_like(x, dtype=x.dtype if wide or weight is None else weight.dtype)
     rows, tile = y.numel() // width, _tile(width)
     if rows:
         _norm[(triton.cdiv(rows, tile["BR"]),)](
@@ -159,11 +159,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gain: float = 1.0, on
     return y
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`reference.rope`; the products are rounded once, at the end."""
     tokens, heads, head = x.shape
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     tile = _tile(head // 2)
     if y.numel():
         _rope[(triton.cdiv(tokens * heads, tile["BR"]),)](
@@ -174,8 +174,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gate(a: Tensor, b: Tensor) -> Tensor:
-    """`gelu_tanh(a) * b` of two tensors of one shape and type."""
-    y = torch.empty_like(a)
+    """`reference.gate`."""
+    y = torch.empty_like(b, memory_format=torch.contiguous_format)
     if y.numel():
         _gate[(triton.cdiv(y.numel(), 1024),)](a.contiguous(), b.contiguous(), y, y.numel(), B=1024, num_warps=4)
     return y

@@ -124,7 +124,7 @@ void head_at(Address x, int dtype, long count, long some, long stride, nb::tuple
 
 void gated(Address x, int dtype, long count, long stride, nb::tuple gate, nb::tuple up, nb::tuple down, Address y) {
     const Matrix g = matrix(gate), d = matrix(down);
-    const Gated op{rows(x, dtype, count, g.cols, stride), g, matrix(up), d, rows(y, dtype, count, d.rows, d.rows)};
+    const Gated op{rows(x, dtype, count, g.cols, stride), g, matrix(up), d, rows(y, FLOAT32, count, d.rows, d.rows)};
     call(active->gated, op, double(count) * g.rows * g.cols);
 }
 
@@ -143,7 +143,7 @@ void experts(Address x, int dtype, long count, long stride, Address chosen, Addr
                      gate_up_scales,
                      down_codes,
                      down_scales,
-                     rows(y, dtype, count, d.rows, d.rows)};
+                     rows(y, FLOAT32, count, d.rows, d.rows)};
     call(active->experts, op, double(count) * per_token * g.rows * g.cols);
 }
 
@@ -152,9 +152,9 @@ void norm(Address x, int dtype, long count, long width, long stride, Address wei
     call(active->norm, op, double(count) * width);
 }
 
-void per_layer(Address x, int dtype, long count, long width, Address onto, Address weight, float eps, float scale, Address y) {
-    const PerLayer op{rows(x, dtype, count, width, width), reinterpret_cast<const void*>(onto), reinterpret_cast<const void*>(weight),
-                      eps, scale, reinterpret_cast<void*>(y)};
+void per_layer(Address x, long count, long width, Address onto, Address weight, float eps, float scale, Address y, int dtype) {
+    const PerLayer op{reinterpret_cast<const float*>(x), count, width, reinterpret_cast<const void*>(onto),
+                      reinterpret_cast<const void*>(weight), eps, scale, reinterpret_cast<void*>(y), Dtype(dtype)};
     call(active->per_layer, op, double(count) * width);
 }
 
@@ -170,7 +170,7 @@ void cos_sin(Address positions, long count, Address frequencies, long width, Add
 }
 
 void rope(Address x, Address cos, Address sin, Address y, int dtype, long tokens, long heads, long head, long half_rotated) {
-    const Rope op{reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin),
+    const Rope op{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
                   reinterpret_cast<void*>(y), Dtype(dtype), tokens, heads, head, half_rotated};
     call(active->rope, op, double(tokens) * heads * head);
 }
@@ -249,8 +249,8 @@ public:
             Attend seen = part.shape;
             ask(seen, nb::cast<nb::tuple>(kind[4])), look_in(seen, sources[part.source]);
             const long width = w.q.cols, before = ops.size();
-            ops.push_back({&w, rows(before ? y : x, FLOAT32, count, width, width), reinterpret_cast<float*>(y), at(0), at(1),
-                           nb::cast<long>(kind[2]), reinterpret_cast<const void*>(nb::cast<Address>(sources[part.source][5])),
+            ops.push_back({&w, rows(before ? y : x, FLOAT32, count, width, width), reinterpret_cast<float*>(y), static_cast<const float*>(at(0)),
+                           static_cast<const float*>(at(1)), nb::cast<long>(kind[2]), reinterpret_cast<const void*>(nb::cast<Address>(sources[part.source][5])),
                            reinterpret_cast<const void*>(ple), ple_stride, seen});
             ple += ple ? w.ple_gate.rows * (w.dtype == FLOAT32 ? 4 : 2) : 0;
             const auto* slots = static_cast<const int64_t*>(at(3));
@@ -399,10 +399,10 @@ bool product(Address x, long count, long cols, long stride, Address first, Addre
     return true;
 }
 
-void settle(Address x, int dtype, long count, long width, long stride, Address weight, Address onto, float eps, float bound,
-            float share, Address y, int to) {
+void settle(Address x, int dtype, long count, long width, long stride, Address weight, int weight_dtype, Address onto, float eps,
+            float bound, float share, Address y) {
     const Settle op{rows(x, dtype, count, width, stride), at(weight), at(onto), eps, bound, share, reinterpret_cast<void*>(y), width,
-                    {}, Dtype(to)};
+                    {}, Dtype(weight_dtype)};
     call(active->settle, op, double(count) * width);
 }
 

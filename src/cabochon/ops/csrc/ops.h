@@ -66,18 +66,20 @@ struct Norm {
 
 // What every layer gets of a token's own embeddings: (norm(x * scale) + onto) / sqrt(2), row by row.
 struct PerLayer {
-    Rows x;
-    const void *onto, *weight;  // [count, width], [width], in x's type
+    const float* x;  // [count, width]
+    long count, width;
+    const void *onto, *weight;  // [count, width], [width], in `dtype`, and so is y
     float eps, scale;
     void* y;
+    Dtype dtype;
 };
 
 struct Rope {
-    const void* x;  // [T, N, H]
-    const void* cos;
-    const void* sin;  // [T, rotated / 2]
+    const float* x;  // [T, N, H]
+    const float* cos;
+    const float* sin;  // [T, rotated / 2]
     void* y;
-    Dtype dtype;
+    Dtype dtype;  // of y
     long tokens, heads, head, half_rotated;
 };
 
@@ -173,12 +175,12 @@ struct Product {
 
 struct Settle {
     Rows x;
-    const void *weight, *onto;  // [width] in x's type, [count, width] in that of y, or null
+    const void *weight, *onto;  // [width] in `dtype`, [count, width] or null
     float eps, bound, share;
-    void* y;
+    void* y;                    // in x's type, like `onto`
     long y_stride;
     Range then = {};
-    Dtype dtype = BFLOAT16;     // of y: float32, or x's
+    Dtype dtype = BFLOAT16;     // x's, or narrower
     float factor = 1;
 };
 
@@ -212,8 +214,8 @@ struct Blend {
     Range then = {};
 };
 
-// The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`, and so is all that
-// the layer computes but the residual stream.
+// The weights of a decoder layer with dense feed-forward, and its shape. Norms' weights are in `dtype`, and so is what
+// matrices take and what is stored.
 struct LayerWeights {
     Dtype dtype;
     float eps;
@@ -228,7 +230,7 @@ struct Layer {
     const LayerWeights* weights;
     Rows x;                 // float32
     float* y;               // [count, width]
-    const void *cos, *sin;  // [count, half_rotated]
+    const float *cos, *sin;  // [count, half_rotated]
     long half_rotated;
     const void* kept_norm;  // where value = key: the weight of the key norm of the layer whose rows these are, [head]
     const void* ple;        // [count, ple width], or null

@@ -17,14 +17,31 @@ void over_rows(long rows, long width, const Work& work) {
     for (long item = 0; item < items; ++item) some(item);
 }
 
-template <class S, class T>
-void norm_row(const S* x, const T* weight, T* y, long width, float eps) {
-    F16 squares = zero();
-    for (long i = 0; i < width; i += LANES) {
-        const F16 v = get(x + i, width - i);
-        squares = fma(v, v, squares);
-    }
-    const F16 scale = splat(1.0f / square_root(sum(squares) / width + eps));
+// f(i, n) for sixteen lanes from i, of which n are within `width`.
+template <class F>
+INLINE void over_lanes(long width, F f) {
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) f(i, LANES);
+    if (i < width) f(i, width - i);
+}
+
+// Of numbers(i, n), in one order wherever a row is normed.
+template <class F>
+INLINE float sum_of_squares(long width, F numbers) {
+    F16 squares[2] = {zero(), zero()};
+    over_lanes(width, [&](long i, long n) __attribute__((always_inline)) {
+        const F16 v = numbers(i, n);
+        F16& some = squares[i / LANES % 2];
+        some = fma(v, v, some);
+    });
+    return sum(squares[0] + squares[1]);
+}
+
+template <class S, class W, class T>
+void norm_row(const S* x, const W* weight, T* y, long width, float eps) {
+    const float squares =
+        sum_of_squares(width, [&](long i, long n) __attribute__((always_inline)) { return get(x + i, n); });
+    const F16 scale = splat(1.0f / square_root(squares / width + eps));
     for (long i = 0; i < width; i += LANES) {
         F16 v = get(x + i, width - i) * scale;
         if (weight) v = v * get(weight + i, width - i);
@@ -48,24 +65,31 @@ void norm(const Norm& op) {
 template <class T>
 void per_layer_rows(const PerLayer& op) {
     const F16 half_root = splat(0.70710678118654752f);
-    const auto *x = static_cast<const T*>(op.x.data), *onto = static_cast<const T*>(op.onto);
-    const long width = op.x.width;
-    over_rows(op.x.count, width, [&](long row) {
+    const long width = op.width;
+    over_rows(op.count, width, [&](long row) {
+        const float* x = op.x + row * width;
+        const auto *onto = static_cast<const T*>(op.onto) + row * width, *weight = static_cast<const T*>(op.weight);
         T* y = static_cast<T*>(op.y) + row * width;
-        for (long i = 0; i < width; i += LANES) put(y + i, get(x + row * width + i, width - i) * op.scale, width - i);
-        norm_row(y, static_cast<const T*>(op.weight), y, width, op.eps);
+        const float squares =
+            sum_of_squares(width, [&](long i, long n) __attribute__((always_inline)) { return get(x + i, n) * op.scale; });
+        const F16 scale = splat(op.scale / square_root(squares / width + op.eps));
         for (long i = 0; i < width; i += LANES) {
-            put(y + i, get(y + i, width - i) + get(onto + row * width + i, width - i), width - i);
-            put(y + i, get(y + i, width - i) * half_root, width - i);
+            const F16 v = get(x + i, width - i) * scale * get(weight + i, width - i);
+            put(y + i, (v + get(onto + i, width - i)) * half_root, width - i);
         }
     });
 }
 
-void per_layer(const PerLayer& op) { op.x.dtype == FLOAT32 ? per_layer_rows<float>(op) : per_layer_rows<Bf16>(op); }
+void per_layer(const PerLayer& op) { op.dtype == FLOAT32 ? per_layer_rows<float>(op) : per_layer_rows<Bf16>(op); }
+
+template <class T>
+void copy_numbers(const float* from, T* to, long count) {
+    for (long i = 0; i < count; i += LANES) put(to + i, get(from + i, count - i), count - i);
+}
 
 // y[i] and y[i + head / 2] from x[i] and x[i + head / 2] for i < turning; what does not turn is copied.
 template <class T>
-void rope_row(const T* x, const T* cos, const T* sin, T* y, long head, long turning) {
+void rope_row(const float* x, const float* cos, const float* sin, T* y, long head, long turning) {
     const long half = head / 2;
     for (long i = 0; i < turning; i += LANES) {
         const long n = turning - i;
@@ -73,18 +97,17 @@ void rope_row(const T* x, const T* cos, const T* sin, T* y, long head, long turn
         put(y + i, a * c - b * s, n);
         put(y + half + i, b * c + a * s, n);
     }
-    memcpy(y + turning, x + turning, (half - turning) * sizeof(T));
-    memcpy(y + half + turning, x + half + turning, (half - turning) * sizeof(T));
+    copy_numbers(x + turning, y + turning, half - turning);
+    copy_numbers(x + half + turning, y + half + turning, half - turning);
 }
 
 template <class T>
 void rope_rows(const Rope& op) {
     over_rows(op.tokens, op.heads * op.head, [&](long token) {
-        const T *cos = static_cast<const T*>(op.cos) + token * op.half_rotated;
-        const T *sin = static_cast<const T*>(op.sin) + token * op.half_rotated;
+        const float *cos = op.cos + token * op.half_rotated, *sin = op.sin + token * op.half_rotated;
         for (long head = 0; head < op.heads; ++head) {
             const long at = (token * op.heads + head) * op.head;
-            rope_row(static_cast<const T*>(op.x) + at, cos, sin, static_cast<T*>(op.y) + at, op.head, op.half_rotated);
+            rope_row(op.x + at, cos, sin, static_cast<T*>(op.y) + at, op.head, op.half_rotated);
         }
     });
 }
