@@ -99,7 +99,7 @@ def test_our_files_run_there(tmp_path, size, format):
 def test_errors_of_logits_beside_theirs(tmp_path):
     """Weights and activations rounded as each engine runs them, beside the float32 network they were made from.
 
-    In bfloat16 they round what goes into a product, we also what comes out of it; with 8 bits that no longer shows.
+    In bfloat16 both round what goes into a product; they store keys and values with three bits more than we do.
     """
     folder = save_toy(tmp_path / "exact", "E2B", dtype=torch.bfloat16, **wide())
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -122,7 +122,7 @@ def test_errors_of_logits_beside_theirs(tmp_path):
         there = error(theirs(path, ids))
         print(f"{native}: {here:.2e}; {file} {read:.2e}, by llama.cpp {there:.2e}")
         of_file, of_ours = (
-            (2, 2) if native == "bfloat16" else (1.05, 1.5)
+            (1.5, 1.5) if native == "bfloat16" else (1.05, 1.5)
         )  # int8 has a scale per row, int4's head 4 bits
         assert read < of_file * there and here < of_ours * there
 
