@@ -12,7 +12,7 @@ ifneq ($(wildcard ../shared/facts),)
 export CABOCHON_FACTS ?= $(abspath ../shared/facts)
 endif
 
-.PHONY: run test check format bench slow pebble clean
+.PHONY: run test check format bench slow sanitise pebble clean
 
 run: $(READY)
 	$(BIN)/cabochon chat $(MODEL)
@@ -22,6 +22,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+sanitise: $(READY)
+	scripts/sanitise.sh
 
 check: $(READY)
 	$(BIN)/ruff format --check .
