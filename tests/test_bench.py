@@ -1,6 +1,7 @@
 """`cabochon bench`: every command runs on the bundled model and ends in one JSON line that adds up."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_the_cpu_beside_its_prediction(clock):
     assert [row["what"] for row in result["rows"]] == ["prefill 16", "decode 1 at 40"]
     for row in result["rows"]:
         assert row["reached"] == pytest.approx(row["tokens_per_second"] / row["predicted"])
-        assert 0 < row["reached"] < 2
+        # By the clock on the wall other programs may hold up the limits' measurement, and not the step's.
+        assert 0 < row["reached"] < (2 if clock else math.inf)
     assert result["cpu_time"] is bool(clock)
 
 
