@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     # Triton reads it once, when the first library that brings kernels of its own imports it.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["support.kernels"]
+
 SEED = os.environ.get("CABOCHON_TEST_SEED", "0")
 settings.register_profile("repeatable", derandomize=SEED == "0", database=None)
 settings.load_profile("repeatable")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cabochon import evaluate
+from cabochon import evaluate, ops
 from cabochon.chat.events import Reply
 from cabochon.chat.messages import ToolCall
 from cabochon.chat.template import Template
@@ -27,6 +27,7 @@ from cabochon.engine.request import SamplingParams
 from cabochon.errors import InputError
 from cabochon.hub import BUNDLED
 from cabochon.llm import LLM, AsyncLLM
+from cabochon.model.layers import Linear
 from cabochon.ops import View, reference
 from cabochon.weights.params import parameters
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import heldout  # noqa: E402  (after its folder is on the path)
 import mixture  # noqa: E402
+import train  # noqa: E402
 from case import draw, held_out  # noqa: E402
 
 TOKENIZER = Tokenizer.from_file(BUNDLED)
@@ -378,3 +380,16 @@ def test_a_short_training_learns_and_goes_on(tmp_path, monkeypatch):
     assert second.done == first.done > 0
     assert second.step(0.1)[0] < losses[0] - 1
     assert LLM(tmp_path).chat([{"role": "user", "content": "Hi"}], params=SamplingParams(max_tokens=3)).text is not None
+
+
+def test_training_rounds_what_every_matrix_of_a_layer_takes(monkeypatch):
+    for place in (ops, ops.reference):
+        monkeypatch.setattr(place, "linear", place.linear)  # put back afterwards
+    train.round_products()
+    x = torch.randn(3, 8, requires_grad=True)
+    for wide in (False, True):
+        matrix = Linear(8, 4, wide=wide)
+        torch.nn.init.normal_(matrix.weight)
+        y = matrix(x)
+        assert torch.equal(y, (x.bfloat16() @ matrix.weight.bfloat16().T).float())
+        y.sum().backward()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -14,15 +14,10 @@ from jsonschema import Draft202012Validator
 from llguidance import LLParserLimits
 
 from cabochon.chat import grammar
-from cabochon.llm import AsyncLLM
-from support.stand import NAME, bundled_llm, post, running, toy_llm
+from cabochon.llm import AsyncLLM, Chunk
+from cabochon.server.routes_openai import side_by_side
+from support.stand import NAME, PICK, bundled_llm, events, post, running, toy_llm
 
-PICK = {
-    "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "unit": {"enum": ["km", "mile"]}},
-    "required": ["n", "unit"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"type": "function", "function": {"name": "pick", "description": "Pick a distance.", "parameters": PICK}},
     {"type": "function", "function": {"name": "stop-it", "parameters": {"type": "object", "properties": {}}}},
@@ -48,12 +43,6 @@ def chat(base: str, **more: Any) -> dict[str, Any]:
     answer = post(base, "/v1/chat/completions", {**ASK, **more})
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def events(answer: httpx.Response) -> list[dict[str, Any]]:
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def stream(base: str, **more: Any) -> list[dict[str, Any]]:
@@ -397,15 +386,13 @@ def test_completions(base: str) -> None:
     assert "choices" in whole, whole
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert whole["usage"]["completion_tokens"] == 32
-    texts, tokens, came = [""] * 4, [[] for _ in range(4)], []
+    texts, tokens = [""] * 4, [[] for _ in range(4)]
     for chunk in events(post(base, "/v1/completions", {**asked, "stream": True})):
         for choice in chunk["choices"]:
-            came.append(choice["index"])
             texts[choice["index"]] += choice["text"]
             tokens[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
     assert texts == [choice["text"] for choice in whole["choices"]]
     assert tokens == [choice["logprobs"]["tokens"] for choice in whole["choices"]]
-    assert came.index(2) < len(came) - 1 - came[::-1].index(0), "prompts are answered side by side"
     for stream in (False, True):
         answer = post(base, "/v1/completions", {"prompt": ["x", "one " * 5000], "max_tokens": 500, "stream": stream})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -418,6 +405,26 @@ def test_completions(base: str) -> None:
     assert all(value < 0 for value in choice["logprobs"]["token_logprobs"][1:])
     shaped = post(base, "/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "[0-9]{5}"}}).json()
     assert shaped["choices"][0]["text"].isdigit()
+
+
+def test_prompts_of_one_request_are_answered_side_by_side() -> None:
+    met = asyncio.Event()
+
+    async def waits() -> AsyncGenerator[Chunk]:
+        yield Chunk(0, "before")
+        await met.wait()
+        yield Chunk(0, "after")
+
+    async def meets() -> AsyncGenerator[Chunk]:
+        met.set()
+        yield Chunk(0, "met")
+
+    async def together() -> list[tuple[int, str]]:
+        async with asyncio.timeout(60):
+            return [(number, chunk.text) async for number, chunk in side_by_side([waits(), meets()])]
+
+    found = asyncio.run(together())
+    assert sorted(found) == [(0, "after"), (0, "before"), (1, "met")]
 
 
 def test_tokens_go_round(base: str) -> None:
@@ -487,89 +494,3 @@ def test_anthropic(base: str) -> None:
                                           "top_k": 0, "max_tokens": 400}).json()  # fmt: skip
     assert stopped["stop_reason"] in ("stop_sequence", "end_turn")
     assert stopped["stop_reason"] == "end_turn" or stopped["stop_sequence"] in ("e", "a", "1")
-
-
-def test_responses(base: str) -> None:
-    asked = {"model": NAME, "input": "Pick one.", "max_output_tokens": 200, "instructions": "Be brief.",
-             "tools": [{"type": "function", "name": "pick", "parameters": PICK}], "tool_choice": "required",
-             "parallel_tool_calls": False}  # fmt: skip
-    whole = post(base, "/v1/responses", asked).json()
-    assert whole["status"] == "completed"
-    (call,) = whole["output"]
-    Draft202012Validator(PICK).validate(json.loads(call["arguments"]))
-    assert httpx.get(f"{base}/v1/responses/{whole['id']}").json() == whole
-    (item,) = httpx.get(f"{base}/v1/responses/{whole['id']}/input_items").json()["data"]
-    assert item["content"][0]["text"] == "Pick one."
-    answer = [{"type": "function_call_output", "call_id": call["call_id"], "output": "7 km"}]
-    following = {**asked, "input": answer, "previous_response_id": whole["id"], "tool_choice": "auto"}
-    streamed = events(post(base, "/v1/responses", {**following, "stream": True}))
-    assert [event["sequence_number"] for event in streamed] == list(range(len(streamed)))
-    final = streamed[-1]["response"]
-    assert final == httpx.get(f"{base}/v1/responses/{final['id']}").json()
-    text = "".join(event["delta"] for event in streamed if event["type"] == "response.output_text.delta")
-    spoken = "".join(part["text"] for item in final["output"] if item["type"] == "message" for part in item["content"])
-    assert text == spoken
-    spelt = [{"role": "user", "content": "Pick one."}, call, *answer]
-    assert final["usage"]["input_tokens"] == post(base, "/v1/responses", {
-        **asked, "input": spelt, "tool_choice": "auto", "store": False}).json()["usage"]["input_tokens"]  # fmt: skip
-    assert httpx.delete(f"{base}/v1/responses/{final['id']}").json()["deleted"]
-    assert httpx.get(f"{base}/v1/responses/{final['id']}").status_code == 404
-    for _ in range(3):
-        post(base, "/v1/responses", {**asked, "max_output_tokens": 2})
-    assert httpx.get(f"{base}/v1/responses/{whole['id']}").status_code == 404
-
-
-def test_responses_take_what_all_endpoints_take(base: str) -> None:
-    asked = {"model": NAME, "input": "Pick one.", "max_output_tokens": 12}
-
-    def text(**more: Any) -> str:
-        answer = post(base, "/v1/responses", {**asked, **more})
-        assert answer.status_code == 200, answer.text
-        return "".join(part["text"] for item in answer.json()["output"] for part in item["content"])
-
-    greedy = text(temperature=0)
-    assert text(temperature=2, top_k=1) == greedy != text(temperature=2, top_k=0, top_p=1, seed=1)
-    assert text(temperature=0, stop=greedy[4:6]) == greedy[: greedy.index(greedy[4:6])]
-    error = post(base, "/v1/responses", {**asked, "conversation": {"id": "conv_1"}})
-    assert (error.status_code, error.json()["error"]["param"]) == (400, "conversation")
-
-
-def test_responses_with_logprobs(base: str) -> None:
-    """Of the answer's tokens only: what they spell is the text, thinking aside."""
-    asked = {
-        "model": NAME,
-        "input": "Go on.",
-        "max_output_tokens": 60,
-        "reasoning": {"effort": "low"},
-        "top_logprobs": 2,
-    }
-    final = events(post(base, "/v1/responses", {**asked, "stream": True}))[-1]["response"]
-    assert final["top_logprobs"] == 2
-    for asked_for in (final, post(base, "/v1/responses", asked).json()):
-        parts = [part for item in asked_for["output"] if item["type"] == "message" for part in item["content"]]
-        for part in parts:
-            # Bytes that are no letter show as one mark or as several: the tokenizer and Python differ there.
-            spelt = b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode(errors="ignore")
-            assert spelt.replace('<|"|>', '"') == part["text"].replace("\ufffd", "").replace('<|"|>', '"')
-            assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] <= 0 for entry in part["logprobs"])
-    included = {**asked, "top_logprobs": None, "reasoning": None, "include": ["message.output_text.logprobs"]}
-    (item, *_) = post(base, "/v1/responses", included).json()["output"]
-    assert item["content"][0]["logprobs"] and item["content"][0]["logprobs"][0]["top_logprobs"] == []
-
-
-def test_responses_in_the_background(base: str) -> None:
-    """A schema keeps the reply from ending before the cancel comes: random weights end one at any token."""
-    endless = {"type": "json_schema", "name": "text", "schema": {"type": "string", "minLength": 3000}, "strict": True}
-    asked = {"model": NAME, "input": "Go on.", "background": True, "max_output_tokens": 3000}
-    begun = post(base, "/v1/responses", {**asked, "text": {"format": endless}}).json()
-    assert begun["status"] == "in_progress"
-    ended = post(base, f"/v1/responses/{begun['id']}/cancel", None).json()
-    assert ended["status"] == "cancelled"
-    following = {**asked, "background": False, "previous_response_id": begun["id"]}
-    assert post(base, "/v1/responses", following).status_code == 400
-    short = post(base, "/v1/responses", {**asked, "max_output_tokens": 2}).json()
-    for _ in range(500):
-        if (seen := httpx.get(f"{base}/v1/responses/{short['id']}").json())["status"] != "in_progress":
-            break
-        time.sleep(0.02)
-    assert seen["status"] in ("completed", "incomplete")

@@ -6,21 +6,12 @@ import torch
 from cabochon import ops
 from cabochon.ops import cpu, towers
 from cabochon.ops import reference_towers as reference
+from support.kernels import needs_kernels
 
-pytestmark = pytest.mark.skipif(not cpu.supported(), reason="installed without the compiled kernels")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("isa")]
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8}
 """Of the largest value: float32 sums of some hundred terms; bfloat16's one rounding, and that of what lies between."""
-
-
-@pytest.fixture(params=cpu.supported() or ["none"], autouse=True)
-def isa(request):
-    before, threads = cpu.active(), torch.get_num_threads()
-    cpu.use(request.param)
-    with torch.inference_mode():
-        yield request.param
-    torch.set_num_threads(threads)
-    cpu.use(before)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ class Rounded(torch.autograd.Function):
 def round_products() -> None:
     """Let every matrix product of the network go through `Rounded`, in this process."""
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, wide: bool = False) -> Tensor:
         return Rounded.apply(x, weight)
 
     cabochon.ops.linear = cabochon.ops.reference.linear = linear  # type: ignore[assignment]  # the op takes quantised weights too

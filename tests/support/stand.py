@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -24,6 +25,13 @@ from support.toys import toy_model
 from support.words import small_tokenizer
 
 NAME = "toy"
+PICK = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "unit": {"enum": ["km", "mile"]}},
+    "required": ["n", "unit"],
+    "additionalProperties": False,
+}
+"""The schema of a small answer."""
 WIDTH = 640
 
 
@@ -82,3 +90,10 @@ def settled(llm: AsyncLLM, seconds: float = 5.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def events(answer: httpx.Response) -> list[dict[str, Any]]:
+    """What a stream of events carries, save for the mark of its end."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]

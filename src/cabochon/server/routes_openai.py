@@ -158,7 +158,7 @@ async def _completion_stream(
 ) -> AsyncGenerator[bytes]:
     """The choices of all prompts, numbered through."""
     completion_tokens = 0
-    async with aclosing(_side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
+    async with aclosing(side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
         async for number, chunk in chunks:
             completion_tokens += len(chunk.token_ids)
             if chunk.text or chunk.finish_reason or chunk.logprobs:
@@ -184,7 +184,7 @@ async def _completion_whole(
     scores: list[list[TokenLogprob | None]] = [[] for _ in texts]
     reasons = ["stop"] * len(texts)
     completion_tokens = 0
-    async with aclosing(_side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
+    async with aclosing(side_by_side([service.complete(prompt, params, shape) for prompt in prompts])) as chunks:
         async for number, chunk in chunks:
             completion_tokens += len(chunk.token_ids)
             first = number * params.n
@@ -199,7 +199,7 @@ async def _completion_whole(
     return writer.whole(choices, _lengths(service, prompts), completion_tokens)
 
 
-async def _side_by_side(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
+async def side_by_side(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncGenerator[tuple[int, Chunk]]:
     """The chunks of all `streams` as they come, with the stream's number. The first failure ends them all."""
     queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
 
